@@ -64,15 +64,13 @@ class FitCallback(Callback):
     "A `Callback` that acts in `fit` alone, and whose changes are undone when the fit ends, also by an exception"
     def __call__(self, event_name):
         "Call the event if this class has it and the `Learner` is in a fit (not `lr_find`, `validate`, `get_preds`)"
-        if hasattr(type(self), event_name) and self.in_fit: return super().__call__(event_name)
+        here = hasattr(type(self), event_name) or event_name=='after_fit' # Where `Callback` puts `run` back to True
+        if here and self.in_fit: return super().__call__(event_name)
 
     @property
     def in_fit(self)->bool:
         "Is the `Learner` in a fit that trains for real?"
         return self.learn in _fits and not {'lr_finder','gather_preds'} & vars(self.learn).keys()
-
-    def before_fit(self): "Room for subclasses to build their state"
-    def after_fit(self): "Room for subclasses to report"
 
     def change(self, obj, name:str, value):
         "Set `obj.name` to `value` until the fit ends"

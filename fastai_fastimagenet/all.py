@@ -1,0 +1,15 @@
+"Everything a notebook needs: `from fastai_fastimagenet.all import *`"
+from .core import FitCallback, ScaleLR
+from .phase import Phase
+from .schedule import Schedule
+from .recipes import recipes
+from .photos import photos
+from .rect import RectCrop
+from .models import to_any_size, zero_init_residual, resnet_small
+from .resize import ProgressiveResize
+from .batchsize import DynamicBatchSize
+from .warmup import LRWarmup, PhaseLR
+from .weight_decay import BNWeightDecayExclusion
+from .rectval import RectValidation, rect_dl
+from .monitor import EpochLog, TimeToAccuracy
+from .fit import check_model
