@@ -262,6 +262,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'fastai_fastimagenet.train._data_path': ( 'train.html#_data_path',
                                                                                      'fastai_fastimagenet/train.py'),
                                            'fastai_fastimagenet.train._finish': ('train.html#_finish', 'fastai_fastimagenet/train.py'),
+                                           'fastai_fastimagenet.train._folder': ('train.html#_folder', 'fastai_fastimagenet/train.py'),
                                            'fastai_fastimagenet.train._say_start': ( 'train.html#_say_start',
                                                                                      'fastai_fastimagenet/train.py'),
                                            'fastai_fastimagenet.train._split_dir': ( 'train.html#_split_dir',

@@ -74,10 +74,9 @@ def _pools_globally(last, calls, linear):
            (calls[linear][0].in_features==out[1] and out[-2:]!=(1,1))
 
 def _fix(model, maps):
-    m,inp,out = maps[-1]
-    pool = _adaptive(m, inp, out) if isinstance(m, nn.AvgPool2d) else None
+    ran,(m,inp,out) = Counter(id(m) for m,_,_ in maps),maps[-1]
+    pool = _adaptive(m, inp, out) if isinstance(m, nn.AvgPool2d) and ran[id(m)]==1 else None
     if pool: return _replace(model, m, pool)
-    ran = Counter(id(m) for m,_,_ in maps)
     m,_,out = [c for c in maps if ran[id(c[0])]==1][-1] # A layer that runs in several places cannot pool for one
     m.register_forward_hook(PoolTo(out[-2:]))
 

@@ -77,8 +77,8 @@ def _object(cls, rng):
 _aspects = np.array([4/3, 3/2, 16/9, 5/4, 1.])
 _shares = np.array([.45, .22, .13, .08, .12]) # How often each occurs, as in photo collections
 _portrait = .33 # Share of the others that stand upright
-_scale = (.5, .95) # Object diameter, share of the short side
-_spread = 1.5 # Beta(a,a) of the place along each side: 1 is anywhere alike, more is nearer to the centre
+_scale = (.45, .9) # Object diameter, share of the short side
+_spread = 1. # Beta(a,a) of the place along each side: 1 is anywhere alike, more is nearer to the centre
 
 def _background(rng, w, h):
     img = np.zeros((h,w,3), np.float32)
@@ -103,7 +103,7 @@ def _camera(img, rng):
     h,w,_ = a.shape
     light = np.linspace(*rng.uniform(.7,1.15,2), w)[None]*np.linspace(*rng.uniform(.8,1.1,2), h)[:,None]
     a = 255*(a*light[...,None]*rng.uniform(.85,1.15,3)/255).clip(0,1)**rng.uniform(.75,1.3)
-    a += rng.standard_normal(a.shape, np.float32)*rng.uniform(1,9)
+    a += rng.standard_normal(a.shape, np.float32)*rng.uniform(2,14)
     img = Image.fromarray(a.clip(0,255).astype(np.uint8))
     return img.filter(ImageFilter.GaussianBlur(rng.uniform(.3,.9))) if rng.uniform()<.3 else img
 
@@ -120,14 +120,14 @@ def render(
     w,h = round(short*aspect),short
     if aspect>1.03 and rng.uniform()<_portrait: w,h = h,w
     img = _background(rng, w, h)
-    _clutter(img, rng, int(rng.integers(1,6)))
+    _clutter(img, rng, int(rng.integers(3,12)))
     diam = short*math.exp(rng.uniform(*np.log(_scale)))
     obj = _object(cls, rng).resize((max(8,int(diam*rng.uniform(.8,1.2))), max(8,int(diam))), Image.LANCZOS)
     obj = obj.rotate(float(np.clip(rng.normal()*12, -30, 30)), Image.BICUBIC, expand=True)
     if rng.uniform()<.5: obj = obj.transpose(Image.FLIP_LEFT_RIGHT)
     x,y = (round(rng.beta(_spread,_spread)*(side-o)) for side,o in zip((w,h), obj.size))
     img.paste(obj, (x,y), obj)
-    if rng.uniform()<.3: # Something in front of the rim
+    if rng.uniform()<.45: # Something in front of the rim
         a,r = rng.uniform(0,6.28),diam*rng.uniform(.08,.18)
         cx,cy = x+obj.width/2+.42*diam*math.cos(a),y+obj.height/2+.42*diam*math.sin(a)
         ImageDraw.Draw(img).ellipse((cx-r, cy-r, cx+r, cy+r), fill=tuple(map(int, _colour(rng,.1,1.))))

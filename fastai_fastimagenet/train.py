@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['find_images', 'get_dls', 'get_model', 'get_schedule', 'train', 'main']
 
-# %% ../nbs/40_train.ipynb #962dccff
-import difflib, json, sys
+# %% ../nbs/40_train.ipynb #16448574
+import difflib, json, sys, warnings
+from contextlib import nullcontext
 from datetime import datetime
 import torchvision
 from fastcore.script import call_parse
-from fastai.vision.all import *
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore') # fastai's and torch's own, at import
+    from fastai.vision.all import *
 from .index import *
 from .photos import photos
 from .schedule import *
@@ -21,7 +24,12 @@ from .rectval import *
 from .monitor import *
 from .fit import *
 
-# %% ../nbs/40_train.ipynb #1718336a
+# %% ../nbs/40_train.ipynb #5df3347d
+def _folder(path):
+    path = Path(path).expanduser()
+    if not path.is_dir(): raise ValueError(f'{path} is no folder. Give `photos`, `imagenette`, or a folder with train and val')
+    return path
+
 def _split_dir(path, names):
     found = [path/n for n in names if (path/n).is_dir()]
     if found: return found[0]
@@ -32,8 +40,7 @@ def find_images(
     path, # Folder with `train` and `val`, `validation` or `valid`, a folder for each class in each
 )->tuple: # Training files, validation files, names of the classes, [(file, error)] of what was left out
     "The images under `path` that can be decoded; `ValueError` says what is wrong with the folder"
-    path = Path(path).expanduser()
-    if not path.is_dir(): raise ValueError(f'{path} is no folder. Give `--data photos`, `imagenette`, or a folder with train and val')
+    path = _folder(path)
     dirs = [_split_dir(path, ('train',)), _split_dir(path, ('val','validation','valid'))]
     files,bad = [],[]
     for d in dirs:
@@ -85,7 +92,7 @@ _default_schedule = dict(photos='photos', imagenette='imagenette_5')
 
 def _data_path(data):
     if data=='photos': return photos()
-    if data!='imagenette': return Path(data)
+    if data!='imagenette': return _folder(data)
     try: return untar_data(URLs.IMAGENETTE_320)
     except Exception as e: # urllib, http and tar errors of many kinds
         raise ValueError(f'Imagenette could not be downloaded ({e}). Use `--data photos`, or download '
@@ -97,7 +104,7 @@ def get_schedule(
 )->Schedule:
     "The table called `name`"
     if not name: raise ValueError(f'Give your data a table with `--schedule`: a JSON file, or one of {", ".join(recipes)}')
-    sched = Schedule.load(name) if name.endswith('.json') else recipes[name]
+    sched = Schedule.load(name) if str(name).endswith('.json') else recipes[name]
     return sched if n_epoch is None else sched.scale_epochs(n_epoch)
 
 # %% ../nbs/40_train.ipynb #0677ed0c
@@ -147,13 +154,14 @@ def train(
 )->dict: # What `result.json` holds
     "Train by a phase table; `ValueError` says what is wrong with the input"
     stop = TimeToAccuracy(target_top1, target_top5) if target_top1 or target_top5 else None
+    if data not in _default_schedule: _folder(data)
     sched = get_schedule(schedule or _default_schedule.get(data), epochs)
     out = Path(out or f'runs/{Path(data).name}-{datetime.now():%Y%m%d-%H%M%S}')
     if (out/'history.csv').exists(): raise ValueError(f'{out} holds an earlier run. Give another `--out`')
-    first = sched.at(0)
-    dls = get_dls(_data_path(data), first.size, first.bs, first.min_scale, workers)
+    row = sched.at(0)
+    set_seed(seed) # Before the loaders, which draw the seed of their order when they are made
+    dls = get_dls(_data_path(data), row.size, row.bs, row.min_scale, workers)
     arch = arch or ('resnet_small' if data=='photos' else 'resnet50')
-    set_seed(seed)
     model = get_model(arch, dls.c).to(memory_format=torch.channels_last)
     learn = Learner(dls, zero_init_residual(model) if init_bn0 else model, CrossEntropyLossFlat(), wd=1e-4,
                     opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9),
@@ -162,12 +170,21 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     log = EpochLog(out/'history.csv')
     _say_start(dls, arch, sched, out)
-    with learn.no_logging(): done = learn.fit_phases(sched, cbs=L(log, stop).filter())
+    with learn.no_logging(), nullcontext() if sys.stdout.isatty() else learn.no_bar():
+        done = learn.fit_phases(sched, cbs=L(log, stop).filter())
     done.save(out/'schedule.json')
     torch.save(dict(model=learn.model.state_dict(), arch=arch, classes=list(dls.vocab)), out/'model.pth')
     return _finish(learn, sched, log.rows, stop, out)
 
 # %% ../nbs/40_train.ipynb #49f0c067
+@call_parse
+@delegates(train)
+def main(**kwargs):
+    "Train an image classifier by a phase table; tables: see --schedule"
+    try: train(**kwargs)
+    except (ValueError,KeyError,FileNotFoundError) as e: sys.exit(f'fastimagenet-train: {str(e.args[0]).splitlines()[-1].strip()}')
+
+# %% ../nbs/40_train.ipynb #40f4cb3d
 @call_parse
 @delegates(train)
 def main(**kwargs):
