@@ -82,7 +82,8 @@ def image_infos(
         res = read_info(p, check)
         found[name] = [stamp, [res.width, res.height, res.orientation, res.checked, res.error]]
         return res
-    with ThreadPoolExecutor(os.cpu_count()) as pool: res = list(pool.map(info, paths))
+    chunks = [paths[i:i+256] for i in range(0, len(paths), 256)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool: res = [i for part in pool.map(lambda ps: [info(p) for p in ps], chunks) for i in part]
     if found:
         gone = [n for n in cache if not (root/n).exists()]
         _save_cache(file, {**{k: v for k,v in cache.items() if k not in gone}, **found})

@@ -34,7 +34,7 @@ class EpochLog(FitCallback):
     ): self.csv_path,self.rows = path and Path(path),[]
 
     def before_fit(self):
-        self.rows,self.began,self.headed = [],time.perf_counter(),False
+        self.rows,self.rate,self.began,self.headed = [],None,time.perf_counter(),False
 
     def before_train(self): self.n_images,self.train_began = 0,time.perf_counter()
     def after_batch(self):
@@ -42,7 +42,7 @@ class EpochLog(FitCallback):
     def after_train(self): self.rate = self.n_images/max(1e-9, time.perf_counter()-self.train_began)
 
     def after_epoch(self):
-        if not hasattr(self, 'rate'): return # The epoch was skipped
+        if self.rate is None: return # The epoch was skipped
         row = dict(epoch=self.epoch, size=self._size(), bs=dl_layers(self.dls.train)[-1].bs, lr=self.opt.hypers[-1]['lr'],
                    **{k: last_value(self.learn, k) for k in _metrics}, images_s=self.rate,
                    minutes=(time.perf_counter()-self.began)/60)

@@ -75,6 +75,7 @@ def rect_dl(
 )->RectDL:
     "Validation loader of rectangular batches, with the transforms of `dls.valid` but for those that set a size"
     dl = dl_layers(dls.valid if hasattr(dls, 'loaders') else dls)[-1]
+    if not isinstance(dl, TfmdDL): raise ValueError(f'`rect_dl` needs a fastai loader with item transforms, got {type(dl)}')
     size = dl_size(dl) if size is None else size
     if not isinstance(size, int) or size<8: raise ValueError(f'`size` must be a whole number of pixels, 8 or more, got {size!r}')
     rest = {nm: [f for f in deepcopy(getattr(dl, nm)).fs if not _sizes(f)] for nm in ('after_item','before_batch','after_batch')}
@@ -86,6 +87,7 @@ def _sizes(f): return bool(sizers(SimpleNamespace(after_item=SimpleNamespace(fs=
 # %% ../nbs/24_rectval.ipynb #3696d658
 class RectValidation(FitCallback):
     "Validate on rectangles from an epoch on; the image size is that of the validation loader, also when it changes"
+    _stateattrs = ('plain','rect') # Not pickled with the callback
     order = -8 # Before `ProgressiveResize` (-7), which sets the size of the loader that is in place
     def __init__(self,
         epochs:int|dict=0, # First epoch with rectangles, or e.g. {0:False, 28:True}

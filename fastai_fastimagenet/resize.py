@@ -14,6 +14,7 @@ from fastai.callback.core import *
 # %% ../nbs/20_resize.ipynb #ecc36df0
 class ProgressiveResize(FitCallback):
     "Change the image size, and the smallest crop, at the epochs given; `ValueError` if nothing in the `DataLoaders` sets a size"
+    _stateattrs = ('first_sizes',) # Not pickled with the callback
     order = -7 # After `RectValidation` (-8), which exchanges the loader; before `DistributedTrainer` (11), which wraps it
     def __init__(self,
         sizes:dict, # First epoch -> image side, e.g. {0:128, 3:224}; the short side of rectangles (pixels)
