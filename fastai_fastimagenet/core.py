@@ -41,7 +41,7 @@ def at_epoch(
 # %% ../nbs/00_core.ipynb #f7f6f2e7
 class _Fit:
     "What the `FitCallback`s of one `Learner` share during one fit"
-    def __init__(self): self.undo,self.lrs = ExitStack(),None
+    def __init__(self): self.undo,self.lrs,self.begun,self.nested = ExitStack(),None,set(),set()
 
 _fits = WeakKeyDictionary()
 
@@ -55,17 +55,27 @@ def _undoing(fit):
             _fits[self].undo.close()
             if outer is None: del _fits[self]
             else: _fits[self] = outer
+    _inner.undoes = True
     return _inner
 
-Learner.fit = _undoing(getattr(Learner.fit, '__wrapped__', Learner.fit))
+_fit = Learner.fit
+Learner.fit = _undoing(_fit.__wrapped__ if hasattr(_fit, 'undoes') else _fit) # Once, also when this module is loaded again
 
 # %% ../nbs/00_core.ipynb #71cabdec
 class FitCallback(Callback):
     "A `Callback` that acts in `fit` alone, and whose changes are undone when the fit ends, also by an exception"
     def __call__(self, event_name):
-        "Call the event if this class has it and the `Learner` is in a fit (not `lr_find`, `validate`, `get_preds`)"
-        here = hasattr(type(self), event_name) or event_name=='after_fit' # Where `Callback` puts `run` back to True
-        if here and self.in_fit: return super().__call__(event_name)
+        "Call the event if this callback has it and the `Learner` is in a fit (not `lr_find`, `validate`, `get_preds`)"
+        here = hasattr(type(self), event_name) or event_name in vars(self) or event_name in ('before_fit','after_fit')
+        if here and self.in_fit and not self._nested(event_name): return super().__call__(event_name)
+
+    def _nested(self, event_name):
+        "Is this an event of a `learn.validate()` that another callback called inside the fit? It starts with a second `before_fit`"
+        fit = _fits[self.learn]
+        if event_name=='before_fit': (fit.nested if self in fit.begun else fit.begun).add(self)
+        nested = self in fit.nested
+        if event_name=='after_fit': fit.nested.discard(self)
+        return nested
 
     @property
     def in_fit(self)->bool:
@@ -78,7 +88,7 @@ class FitCallback(Callback):
         setattr(obj, name, value)
 
     def on_exit(self, f, *args, **kwargs):
-        "Call `f(*args, **kwargs)` when the fit ends; last registered, first called"
+        "Call `f(*args, **kwargs)` when the fit ends; last registered, first called; `self.learn` may be gone by then"
         _fits[self.learn].undo.callback(f, *args, **kwargs)
 
 # %% ../nbs/00_core.ipynb #c93a6f81
@@ -104,6 +114,8 @@ class ScaleLR(FitCallback):
         fit = _fits[self.learn]
         if fit.lrs is not None: self.opt.set_hyper('lr', fit.lrs)
         fit.lrs = None
+
+    after_train = after_epoch = after_batch # When another callback ended the epoch in the middle of a batch
 
 # %% ../nbs/00_core.ipynb #6f7033d9
 def dl_layers(

@@ -30,20 +30,25 @@ def read_info(
     "Header of the image at `path`; a file that cannot be read has `error` set, nothing is raised"
     try:
         with Image.open(path) as im:
-            info = im.width,im.height,int(im.getexif().get(0x0112, 1) or 1)
+            orientation = im.getexif().get(0x0112)
+            info = im.width,im.height,orientation if orientation in range(1,9) else 1
             if check: _decode(path, im)
     except Exception as e: # Each format's plugin raises errors of its own kind
         return ImageInfo(0, 0, 1, check, f'{type(e).__name__}: {e}'.splitlines()[0])
     return ImageInfo(*info, check)
 
+_harmless = ('extraneous bytes','subsampling') # Stray bytes between segments; chroma sampling that simplejpeg does not know
+
 def _decode(path, im):
     "Decode all pixels; for JPEG strictly, where Pillow would return garbage without an error"
-    if im.format=='JPEG' and im.mode in ('RGB','L'):
-        simplejpeg.decode_jpeg(Path(path).read_bytes(), min_height=1, min_width=1, min_factor=1, strict=True)
-    else: im.load()
+    if im.format!='JPEG' or im.mode not in ('RGB','L'): return im.load()
+    try: simplejpeg.decode_jpeg(Path(path).read_bytes(), min_height=1, min_width=1, min_factor=1, strict=True)
+    except ValueError as e:
+        if not any(o in str(e) for o in _harmless): raise
+        im.load()
 
-# %% ../nbs/13_index.ipynb #8c5c8d94
-_name = '.fastimagenet_index.json'
+# %% ../nbs/13_index.ipynb #727e8e5c
+_name,_version = '.fastimagenet_index.json',1
 
 def _cache_file(root):
     if os.access(root, os.W_OK) and root!=Path(root.anchor): return root/_name
@@ -51,14 +56,15 @@ def _cache_file(root):
     return base/f'{hashlib.sha1(str(root).encode()).hexdigest()[:16]}.json'
 
 def _load_cache(file):
-    try: return json.loads(file.read_text())
+    try: d = json.loads(file.read_text())
     except (OSError,ValueError): return {}
+    return d['files'] if isinstance(d, dict) and d.get('version')==_version else {}
 
 def _save_cache(file, entries):
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         tmp = file.with_name(f'{file.name}.{os.getpid()}')
-        tmp.write_text(json.dumps(entries))
+        tmp.write_text(json.dumps(dict(version=_version, files=entries)))
         tmp.replace(file)
     except OSError: pass # Only a cache: without it the headers are read again
 

@@ -12,20 +12,22 @@ from .sizing import *
 from fastai.basics import *
 from fastai.callback.core import *
 
-# %% ../nbs/26_monitor.ipynb #33fa8bc0
-_metrics = dict(top1=('top1','accuracy'), top5=('top5','top_k_accuracy'), train_loss=('train_loss',), valid_loss=('valid_loss',))
+# %% ../nbs/26_monitor.ipynb #0301eb78
+_metrics = dict(top1=('top1','accuracy'), top5=('top5','top_k_accuracy'))
 
 def last_value(
     learn:Learner,
     name:str # 'top1', 'top5', 'train_loss' or 'valid_loss'
 )->float: # nan if the `Learner` does not measure it
-    "The value of `name` in the last epoch"
-    names,values = list(learn.recorder.metric_names)[1:],list(learn.recorder.log)[1:]
-    return next((float(v) for n,v in zip(names, values) if n in _metrics[name] and v is not None), math.nan)
+    "The value of `name` in the last evaluation"
+    losses = dict(train_loss=learn.recorder.smooth_loss, valid_loss=learn.recorder.loss)
+    metric = losses[name] if name in losses else first(m for m in learn.metrics if m.name in _metrics[name])
+    try: return float(metric.value)
+    except (AttributeError,TypeError): return math.nan # Not among the metrics, or nothing evaluated yet
 
 # %% ../nbs/26_monitor.ipynb #f4830824
 class EpochLog(FitCallback):
-    "Show and keep a line for every epoch; `rows` is the history, also written to the CSV file `path`"
+    "Show and keep a line for every epoch; `rows` is the history of the last fit, also written to the CSV file `path`"
     order = 55 # After `Recorder` (50), which measures; before `ProgressCallback` (60), which closes the bars
     columns = dict(epoch='d', size='d', bs='d', lr='.4g', train_loss='.4f', valid_loss='.4f', top1='.4f', top5='.4f',
                    images_s='.1f', minutes='.2f')
@@ -35,7 +37,9 @@ class EpochLog(FitCallback):
 
     def before_fit(self):
         self.rows,self.rate,self.began,self.headed = [],None,time.perf_counter(),False
+        if self.csv_path: self.csv_path.parent.mkdir(parents=True, exist_ok=True)
 
+    def before_epoch(self): self.rate = None
     def before_train(self): self.n_images,self.train_began = 0,time.perf_counter()
     def after_batch(self):
         if self.training: self.n_images += find_bs(self.learn.yb)
@@ -43,8 +47,9 @@ class EpochLog(FitCallback):
 
     def after_epoch(self):
         if self.rate is None: return # The epoch was skipped
-        row = dict(epoch=self.epoch, size=self._size(), bs=dl_layers(self.dls.train)[-1].bs, lr=self.opt.hypers[-1]['lr'],
-                   **{k: last_value(self.learn, k) for k in _metrics}, images_s=self.rate,
+        dl = dl_layers(self.dls.train)[-1]
+        row = dict(epoch=self.epoch, size=self._size(), bs=getattr(dl, 'bs', None) or dl.batch_size, lr=self.recorder.lrs[-1],
+                   **{k: last_value(self.learn, k) for k in ('train_loss','valid_loss',*_metrics)}, images_s=self.rate,
                    minutes=(time.perf_counter()-self.began)/60)
         self.rows.append({k: row[k] for k in self.columns})
         if self.csv_path: pd.DataFrame(self.rows).to_csv(self.csv_path, index=False)
@@ -56,7 +61,7 @@ class EpochLog(FitCallback):
 
     def _show(self, line):
         bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
-        bar.write(line) if bar else print(line)
+        bar.write(line) if bar else print(line, flush=True)
 
 # %% ../nbs/26_monitor.ipynb #a5c831de
 class TimeToAccuracy(FitCallback):

@@ -68,8 +68,8 @@ def _resolve(p, prev, start, where):
 # %% ../nbs/01_phase.ipynb #43476556
 def _warn_jump(p, prev, where):
     was,now = ends(prev.lr)[1],ends(p.lr)[0]
-    if p.bs==prev.bs and p.size==prev.size and now>was*1.01:
-        warnings.warn(f'{where}: lr jumps up from {was:g} to {now:g} though batch and size stay the same', stacklevel=4)
+    if p.size==prev.size and now>was*1.01*max(1, p.bs/prev.bs):
+        warnings.warn(f'{where}: lr jumps up from {was:g} to {now:g}, more than the batch ({prev.bs} to {p.bs}) explains', stacklevel=4)
 
 def resolve(
     phases:list # `Phase`s in order
@@ -105,11 +105,18 @@ def _lr_line(d):
     if x!=y and b is None: raise ValueError(f"a moving lr needs 'ep' as (first, last), got {d!r}")
     return lambda e: x if x==y else lerp(x, y, (e-a)/(b-a))
 
-def _check_gaps(lrs, datas):
+_keys = {'ep','lr','sz','bs','trndir','valdir','min_scale','rect_val','keep_dl'}
+
+def _check_original(dicts, lrs, datas):
+    for d in dicts:
+        _ep(d)
+        if d.keys()-_keys: raise ValueError(f'Unknown keys {sorted(d.keys()-_keys)} in {d}; a phase has {sorted(_keys)}')
+        if not d.keys() & {'lr','sz','bs'}: raise ValueError(f"{d} gives neither 'lr' nor 'sz' or 'bs'")
     for ds,what in ((lrs,'lr'), (datas,"'sz' and 'bs'")):
         if not ds or _ep(ds[0])[0]!=0: raise ValueError(f'gap: no phase gives {what} at epoch 0; the first must start there')
     for d,nxt in zip(lrs, lrs[1:]):
         b,start = _ep(d)[1],_ep(nxt)[0]
+        if b is not None and b>start: raise ValueError(f'overlap: {d} ends at epoch {b}, the next lr phase starts at {start}')
         if b is not None and b<start and len(set(ends(d['lr'])))>1:
             raise ValueError(f"gap: {d} ends at epoch {b}, the next lr phase starts at {start}. End it at {start}, or add "
                              f"{{'ep':{b}, 'lr':{ends(d['lr'])[1]:g}}}")
@@ -119,10 +126,14 @@ def from_original(
     dicts:list # The phases, as in the 2018 code
 )->list: # `Phase`s
     "`Phase`s from the list of dicts of the 2018 code; `ValueError` if it has a gap"
-    lrs = sorted((d for d in dicts if 'lr' in d), key=_ep)
-    datas = sorted((d for d in dicts if {'sz','bs'} & d.keys()), key=lambda d: _ep(d)[0])
-    _check_gaps(lrs, datas)
+    if not isinstance(dicts, list) or not all(isinstance(d, dict) for d in dicts):
+        raise ValueError(f'Expected a list of dicts, got {dicts!r}')
+    lrs,datas = ([d for d in dicts if ks & d.keys() and _ep(d)] for ks in ({'lr'}, {'sz','bs'}))
+    lrs,datas = (sorted(ds, key=lambda d: _ep(d)[0]) for ds in (lrs,datas))
+    _check_original(dicts, lrs, datas)
     end = max(e for d in lrs for e in _ep(d) if e is not None)
+    late = [d for d in dicts if _ep(d)[0]>=end]
+    if late: raise ValueError(f"{late[0]} starts when the run ends, at epoch {end}: give the last lr phase an end, 'ep':(first, last)")
     cuts = sorted({_ep(d)[0] for d in lrs+datas if _ep(d)[0]<end} | {end})
     phases,cur = [],{}
     for a,b in zip(cuts, cuts[1:]):

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['families', 'classes', 'render', 'photos']
 
-# %% ../nbs/10_photos.ipynb #a4761424
-import colorsys, math, os, tempfile
-from concurrent.futures import ProcessPoolExecutor
+# %% ../nbs/10_photos.ipynb #94c41411
+import colorsys, math, os, sys, tempfile
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -138,6 +139,10 @@ def _write(i, root, split, seed, short):
     img,cls = render(i, split, seed, short)
     img.save(root/split/classes[cls]/f'{i:05d}.jpg', quality=90)
 
+def _pool():
+    "Processes where they can be forked, else threads: a spawned process would run the user's script again"
+    return ProcessPoolExecutor(mp_context=get_context('fork')) if sys.platform=='linux' else ThreadPoolExecutor(os.cpu_count())
+
 def photos(
     n_train:int=4000, # Training pictures
     n_valid:int=1000, # Validation pictures
@@ -146,14 +151,14 @@ def photos(
     path=None, # Folder that holds the data sets; by default fastai's data folder
 )->Path: # Folder with `train` and `val`, a folder for each class in each
     "Render the data set if it is not there yet; it appears when it is complete"
-    for name,v in dict(n_train=n_train, n_valid=n_valid, short=short).items():
-        if not isinstance(v, int) or v<1: raise ValueError(f'`{name}` must be a whole number above 0, got {v!r}')
+    for name,v,least in (('n_train',n_train,1), ('n_valid',n_valid,1), ('short',short,8), ('seed',seed,0)):
+        if not isinstance(v, int) or v<least: raise ValueError(f'`{name}` must be a whole number, {least} or more, got {v!r}')
     path = Path(path or Path(os.environ.get('FASTAI_HOME', '~/.fastai'))/'data').expanduser()
     dest = path/f'fastimagenet_photos_v1_{n_train}_{n_valid}_{short}_{seed}'
     if dest.exists(): return dest
     path.mkdir(parents=True, exist_ok=True)
     print(f'Rendering {n_train+n_valid} photos')
-    with tempfile.TemporaryDirectory(dir=path, prefix='.photos') as tmp, ProcessPoolExecutor() as pool:
+    with tempfile.TemporaryDirectory(dir=path, prefix='.photos') as tmp, _pool() as pool:
         root = Path(tmp)/'photos'
         for split,n in (('train',n_train), ('val',n_valid)):
             for c in classes[:n]: (root/split/c).mkdir(parents=True)

@@ -28,6 +28,11 @@ def _opened_size(ds, i):
     im = ds[i][0]
     return im.size if isinstance(im.size, tuple) else tuple(im.shape[-2:][::-1])
 
+def _opened_or_error(ds, i, path, info):
+    "For files that are no pictures to Pillow, but may be to the data set"
+    try: return _opened_size(ds, i)
+    except Exception: raise ValueError(f'The validation image {path} cannot be read, remove it: {info.error}') from None
+
 # %% ../nbs/24_rectval.ipynb #d0e8cbb5
 def aspect_ratios(
     ds # Data set of a `DataLoader` whose items start with an image
@@ -37,11 +42,10 @@ def aspect_ratios(
     if None in paths: sizes = [_opened_size(ds, i) for i in range(len(ds))]
     else:
         infos = image_infos(paths)
-        bad = [f'{p}: {o.error}' for p,o in zip(paths, infos) if o.error]
-        if bad: raise ValueError(f'{len(bad)} validation images cannot be read, remove them: ' + '; '.join(bad[:3]))
         turned = first(i for i,o in enumerate(infos) if o.orientation>=5 and o.width!=o.height)
         turn = turned is not None and _opened_size(ds, turned)==(infos[turned].height,infos[turned].width)
-        sizes = [(o.height,o.width) if turn and o.orientation>=5 else (o.width,o.height) for o in infos]
+        sizes = [_opened_or_error(ds, i, paths[i], o) if o.error else (o.height,o.width) if turn and o.orientation>=5
+                 else (o.width,o.height) for i,o in enumerate(infos)]
     return [w/h for w,h in sizes]
 
 # %% ../nbs/24_rectval.ipynb #799e48ea
@@ -71,18 +75,25 @@ def rect_dl(
     size:int=None, # Short side of the batches; by default the loader's image size (pixels)
     bs:int=None, # Images per batch; by default the loader's
     multiple:int=32, # The long side is rounded to a multiple of this (pixels)
-    crop_pct:float=.875 # Share of the largest crop that is kept
+    crop_pct:float=None # Share of the largest crop that is kept; by default that of the loader's own transforms
 )->RectDL:
     "Validation loader of rectangular batches, with the transforms of `dls.valid` but for those that set a size"
     dl = dl_layers(dls.valid if hasattr(dls, 'loaders') else dls)[-1]
     if not isinstance(dl, TfmdDL): raise ValueError(f'`rect_dl` needs a fastai loader with item transforms, got {type(dl)}')
     size = dl_size(dl) if size is None else size
     if not isinstance(size, int) or size<8: raise ValueError(f'`size` must be a whole number of pixels, 8 or more, got {size!r}')
-    rest = {nm: [f for f in deepcopy(getattr(dl, nm)).fs if not _sizes(f)] for nm in ('after_item','before_batch','after_batch')}
-    rest['after_item'].append(RectCrop(size, crop_pct))
+    rest = {nm: [f for f in deepcopy(getattr(dl, nm)).fs if not sets_size(f)] for nm in ('after_item','before_batch','after_batch')}
+    crop = RectCrop(size, _margin(sizers(dl)) if crop_pct is None else crop_pct)
+    crop.split_idx = None # Training pictures too, if it is their loader
+    rest['after_item'].append(crop)
     return dl.new(cls=RectDL, bs=bs or dl.bs, multiple=multiple, aspects=getattr(dl, 'aspects', None), **{k: Pipeline(v) for k,v in rest.items()})
 
-def _sizes(f): return bool(sizers(SimpleNamespace(after_item=SimpleNamespace(fs=[f]))))
+def _margin(fs):
+    "Share of a picture's short side that the transforms `fs` keep in validation"
+    crops = [f.crop_pct for f in fs if hasattr(f, 'crop_pct')]
+    if crops or not fs: return crops[-1] if crops else .875
+    if len(fs)>1: return min(1., short_side(fs[-1])/short_side(fs[0]))
+    return 1/(1+getattr(fs[0], 'val_xtra', 0))
 
 # %% ../nbs/24_rectval.ipynb #3696d658
 class RectValidation(FitCallback):
@@ -92,16 +103,20 @@ class RectValidation(FitCallback):
     def __init__(self,
         epochs:int|dict=0, # First epoch with rectangles, or e.g. {0:False, 28:True}
         multiple:int=32, # The long side is rounded to a multiple of this (pixels)
-        crop_pct:float=.875 # Share of the largest crop that is kept
+        crop_pct:float=None # Share of the largest crop that is kept; by default that of the loader's own transforms
     ):
         table = epochs if isinstance(epochs, dict) else {epochs:True}
         self.rect_epochs = check_table(table, 'epochs', lambda o: isinstance(o, bool), 'True or False')
         self.multiple,self.crop_pct = multiple,crop_pct
 
-    def before_fit(self): self.plain,self.rect = self.dls.loaders[1],None
+    def before_fit(self):
+        self.plain,self.rect = self.dls.loaders[1],rect_dl(self.dls, multiple=self.multiple, crop_pct=self.crop_pct)
+        self.on_exit(setattr, self.dls, 'loaders', list(self.dls.loaders)) # Now, before `DistributedTrainer` (11) wraps them
+        self.was_on = False
 
     def before_epoch(self):
-        on = at_epoch(self.rect_epochs, self.epoch)
-        if on and self.rect is None: self.rect = rect_dl(self.dls, multiple=self.multiple, crop_pct=self.crop_pct)
-        dl = self.rect if on else self.plain
-        if self.dls.loaders[1] is not dl: self.change(self.dls, 'loaders', [self.dls.loaders[0], dl, *self.dls.loaders[2:]])
+        on = bool(at_epoch(self.rect_epochs, self.epoch))
+        if on==self.was_on: return
+        if on: self.plain = self.dls.loaders[1]
+        self.learn.dls.loaders = [self.dls.loaders[0], self.rect if on else self.plain, *self.dls.loaders[2:]]
+        self.was_on = on

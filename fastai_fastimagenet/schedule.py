@@ -76,8 +76,10 @@ class Schedule:
         "Steps in the epoch at `epoch`"
         return math.ceil(math.ceil(n_images/self.world)/self.at(epoch).bs)
 
-    def steps(self, n_images:int)->int:
-        "Steps of the whole schedule for `n_images` training images"
+    def steps(self,
+        n_images:int # Training images
+    )->int: # Optimizer steps, incomplete last batches included
+        "Steps of the whole schedule"
         return sum(self.batches(e, n_images) for e in range(self.n_epoch))
 
     def __eq__(self, o): return isinstance(o, Schedule) and (self.phases,self.world)==(o.phases,o.world)
@@ -155,7 +157,9 @@ def scale_to(self:Schedule,
         phases.append(replace(p, bs=bs, lr=lr))
     a,b = ends(self.phases[0].lr)[0],ends(phases[0].lr)[0]
     note = (f'linear scaling: global batch {first} -> {phases[0].bs*world} in the first phase, on {self.world} -> {world} '
-            f'processes, bs {self.phases[0].bs} -> {phases[0].bs}, lr {a:g} -> {b:g}; all phases alike')
+            f'processes, bs {self.phases[0].bs} -> {phases[0].bs}, lr {a:g} -> {b:g}; '
+            + ('all phases alike' if all(p.bs*world==q.bs*self.world*k for p,q in zip(phases, self.phases)) else
+               'batches rounded, lr of each phase follows its batch'))
     return Schedule(phases, world, (*self.notes, note))
 
 # %% ../nbs/02_schedule.ipynb #d9771f06
@@ -220,6 +224,7 @@ def from_json(cls:Schedule,
     if not isinstance(d, dict) or not isinstance(d.get('phases'), list):
         raise ValueError("A schedule in JSON is {'world': processes, 'phases': [{'n_epoch':.., 'size':.., ..}, ..]} or a "
                          f'list of phases of the 2018 code; got {text[:60]!r}')
+    if not all(isinstance(p, dict) for p in d['phases']): raise ValueError(f"'phases' must be a list of dicts, got {d['phases']!r}")
     unknown = {k for p in d['phases'] for k in p} - set(Phase.__dataclass_fields__)
     if unknown: raise ValueError(f'Unknown keys {sorted(unknown)}; a phase has {list(Phase.__dataclass_fields__)}')
     phases = [Phase(**{'n_epoch':None, **p, 'lr':tuple(p['lr']) if isinstance(p.get('lr'), list) else p.get('lr')})
@@ -227,13 +232,18 @@ def from_json(cls:Schedule,
     return Schedule(phases, d.get('world', 1), d.get('notes', ()))
 
 @patch
-def save(self:Schedule, path)->Path:
+def save(self:Schedule,
+    path # File to write
+)->Path: # The same
     "Write `to_json` to `path`"
     Path(path).write_text(self.to_json())
     return Path(path)
 
 @patch(cls_method=True)
-def load(cls:Schedule, path, world:int=1)->Schedule:
-    "Read a JSON file of `save`, or a list of phases of the 2018 code"
+def load(cls:Schedule,
+    path, # File that `save` wrote, or a JSON list of phases of the 2018 code
+    world:int=1 # Processes, for a list of the 2018 code, which does not say
+)->Schedule:
+    "Read a schedule; `ValueError` names the file and what is wrong with it"
     try: return cls.from_json(Path(path).read_text(), world)
     except (OSError,ValueError) as e: raise ValueError(f'Cannot read a schedule from {path}: {e}') from None

@@ -14,7 +14,7 @@ from fastai.callback.schedule import *
 
 # %% ../nbs/22_warmup.ipynb #c399681c
 class LRWarmup(ScaleLR):
-    "Multiply the learning rate by a factor that grows linearly from `start` to 1 over the first `n_epoch` epochs of the fit"
+    "Raise a factor on lr linearly from `start` to 1 over the first `n_epoch` epochs of the fit (arxiv.org/abs/1706.02677)"
     def __init__(self,
         n_epoch:float=5, # Length (epochs)
         start:float=.1 # Factor at the first step
@@ -22,6 +22,9 @@ class LRWarmup(ScaleLR):
         if not n_epoch>0: raise ValueError(f'`n_epoch` must be above 0, got {n_epoch!r}')
         if not 0<=start<=1: raise ValueError(f'`start` must be from 0 to 1, got {start!r}')
         self.n_warm,self.start_factor = n_epoch,start
+
+    def before_fit(self):
+        if self.n_warm>self.n_epoch: warn(f'The warm-up of {self.n_warm} epochs is longer than this fit of {self.n_epoch}')
 
     def lr_factor(self): return self.start_factor + (1-self.start_factor)*min(1, epoch_pos(self.learn)/self.n_warm)
 

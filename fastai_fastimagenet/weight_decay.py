@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['no_decay_params', 'BNWeightDecayExclusion']
 
-# %% ../nbs/23_weight_decay.ipynb #e4c13f34
+# %% ../nbs/23_weight_decay.ipynb #560f6c5b
+from weakref import WeakSet
 from .core import *
 from fastai.basics import *
 from fastai.callback.core import *
@@ -43,6 +44,8 @@ def _set_do_wd(opt, p, do_wd):
     if do_wd is None: opt.state[p].pop('do_wd', None)
     else: opt.state[p]['do_wd'] = do_wd
 
+_excluding = WeakSet() # Optimizers of fits that have an exclusion
+
 # %% ../nbs/23_weight_decay.ipynb #4c059fdd
 class BNWeightDecayExclusion(FitCallback):
     "Train without weight decay on normalization layers, and on biases if `bias`; all other parameters have it"
@@ -51,6 +54,9 @@ class BNWeightDecayExclusion(FitCallback):
     ): self.skip_bias = bias
 
     def before_fit(self):
+        if self.opt in _excluding: return # By another one of these
+        _excluding.add(self.opt)
+        self.on_exit(_excluding.discard, self.opt)
         params = no_decay_params(self.learn.model, self.skip_bias)
         if isinstance(self.opt, OptimWrapper): return self._hook(self.opt.opt, params)
         skip = {id(p) for p in params}

@@ -1,5 +1,6 @@
 import os
 os.environ.setdefault('MPLBACKEND', 'agg')
+os.environ['OMP_NUM_THREADS'] = '1' # Small models: threads of two processes on two cores only wait for each other
 import pytest
 from hypothesis import settings
 

@@ -18,11 +18,20 @@ def layers():
 def imports(mod):
     "Modules of this package that `mod` imports"
     for n in ast.walk(ast.parse((pkg/(mod.replace('.','/')+'.py')).read_text())):
-        if not isinstance(n, ast.ImportFrom): continue
-        base = mod.split('.')[:-n.level] if n.level else []
-        name = n.module or ''
-        if n.level: yield '.'.join([*base, name] if name else base)
-        elif name.startswith(pkg.name+'.'): yield name.split('.',1)[1]
+        if isinstance(n, ast.Import): names = [a.name for a in n.names]
+        elif isinstance(n, ast.ImportFrom):
+            base = [pkg.name, *mod.split('.')[:-n.level]] if n.level else []
+            name = '.'.join([*base, *([n.module] if n.module else [])])
+            names = [name, *(f'{name}.{a.name}' for a in n.names)]
+        else: continue
+        yield from (o.split('.',1)[1] for o in names if o.startswith(pkg.name+'.'))
+
+def test_imports_are_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), 'pkg', tmp_path/'fastai_fastimagenet')
+    (tmp_path/'fastai_fastimagenet').mkdir()
+    (tmp_path/'fastai_fastimagenet/a.py').write_text('import fastai_fastimagenet.b\nfrom fastai_fastimagenet import c\n'
+                                                     'from . import d\nfrom .e import *\nimport torch')
+    assert {'b','c','d','e'} <= set(imports('a'))
 
 def test_imports_point_down():
     num = layers()
@@ -99,3 +108,4 @@ def test_all_has_the_public_names():
     for name in ('ProgressiveResize','DynamicBatchSize','LRWarmup','BNWeightDecayExclusion','RectValidation','rect_dl','to_any_size',
                  'Phase','Schedule','recipes','TimeToAccuracy'):
         assert name in ns and name in readme
+    assert all(getattr(v, '__doc__', None) for k,v in ns.items() if getattr(v, '__module__', '').startswith(pkg.name))

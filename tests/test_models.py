@@ -1,5 +1,6 @@
 "Any image size for real architectures, same output at the old size"
 import pytest, torch, torchvision
+import torch.nn.functional as F
 from torch import nn
 from fastai_fastimagenet.models import to_any_size, zero_init_residual, resnet_small
 
@@ -20,6 +21,20 @@ class SharedPool(nn.Module):
         self.a,self.b,self.pool,self.head = nn.Conv2d(3,8,3,padding=1),nn.Conv2d(8,8,3,padding=1),nn.AvgPool2d(2),nn.Linear(8*4*4,5)
     def forward(self, x): return self.head(self.pool(self.pool(self.b(self.pool(self.a(x)))).relu()).flatten(1))
 
+class FunctionalPool(nn.Module):
+    "The usual ResNet head for CIFAR: a functional pool of fixed size"
+    def __init__(self):
+        super().__init__()
+        self.conv,self.head = nn.Conv2d(3,8,3,8,1),nn.Linear(8,5)
+    def forward(self, x): return self.head(F.avg_pool2d(self.conv(x), 4).flatten(1))
+
+class TwoBranches(nn.Module):
+    "Two feature maps joined before one linear layer"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.head = nn.Conv2d(3,4,3,2,1),nn.Conv2d(3,4,5,2,2),nn.Linear(2*4*16*16,5)
+    def forward(self, x): return self.head(torch.cat([self.a(x).flatten(1), self.b(x).flatten(1)], 1))
+
 def old_resnet():
     net = torchvision.models.resnet18(num_classes=5)
     net.avgpool = nn.AvgPool2d(7)
@@ -28,7 +43,10 @@ def old_resnet():
 def plain_sequential():
     return nn.Sequential(nn.Conv2d(3,8,3,2,1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8*16*16,5))
 
-cases = dict(alexnet=(OldAlexNet,224), resnet=(old_resnet,224), shared=(SharedPool,32), sequential=(plain_sequential,64),
+def fully_convolutional(): return nn.Sequential(nn.Conv2d(3,5,3,8,1), nn.AvgPool2d(4), nn.Flatten())
+
+cases = dict(functional=(FunctionalPool,32), conv_only=(fully_convolutional,32),
+             alexnet=(OldAlexNet,224), resnet=(old_resnet,224), shared=(SharedPool,32), sequential=(plain_sequential,64),
              mobilenet=(lambda: torchvision.models.mobilenet_v3_small(num_classes=5),224),
              squeezenet=(lambda: torchvision.models.squeezenet1_1(num_classes=5),224),
              densenet=(lambda: torchvision.models.densenet121(num_classes=5),224), small=(lambda: resnet_small(5),128))
@@ -74,13 +92,23 @@ def test_survives_copy_and_pickle(tmp_path):
 @pytest.mark.parametrize('model,words', [(torchvision.models.vit_b_16(num_classes=5), 'convolutional models'),
     (nn.Sequential(nn.Flatten(), nn.Linear(3*224*224,2)), 'no feature maps'), (plain_sequential(), 'Pass the `size`')])
 def test_refused(model, words):
+    with pytest.raises(ValueError, match='AdaptiveAvgPool2d'): to_any_size(TwoBranches(), 32)
     with pytest.raises(ValueError, match=words): to_any_size(model)
 
-@pytest.mark.parametrize('make,n', [(torchvision.models.resnet18,8), (torchvision.models.resnet50,16), (lambda: resnet_small(5),8)])
-def test_zero_init_residual(make, n):
+@pytest.mark.parametrize('make,born,n', [(torchvision.models.resnet18,0,8), (torchvision.models.resnet50,0,16), (lambda: resnet_small(5),8,8)])
+def test_zero_init_residual(make, born, n):
     torch.manual_seed(0)
     model = make()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d): nn.init.ones_(m.weight)
+    zeros = lambda: sum(float(m.weight.abs().sum())==0 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert zeros()==born
     zero_init_residual(model)
-    assert sum(float(m.weight.abs().sum())==0 for m in model.modules() if isinstance(m, nn.BatchNorm2d))==n
+    assert zeros()==n
+
+class Plain(nn.Module):
+    "Two batch norms in a row, no residual block"
+    def __init__(self):
+        super().__init__()
+        self.conv1,self.bn1,self.conv2,self.bn2 = nn.Conv2d(3,4,3),nn.BatchNorm2d(4),nn.Conv2d(4,4,3),nn.BatchNorm2d(4)
+
+def test_zero_init_needs_residual_blocks():
+    with pytest.raises(ValueError, match='no residual block'): zero_init_residual(Plain())

@@ -1,5 +1,5 @@
 "Rectangular validation: shapes, order, formats, EXIF, cache, data sources"
-import json, os
+import json, os, struct
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image, ImageOps
 from hypothesis import given, strategies as st
@@ -126,6 +126,8 @@ def test_cache_is_checked_against_the_folder(tmp_path):
     os.utime(tmp_path/'a.png', ns=(old.st_atime_ns, old.st_mtime_ns+1))
     assert image_infos(files)[0].width==31
     cache.write_text('{ broken')
+    assert image_infos(files)[1].height==40
+    cache.write_text('[]')
     assert image_infos(files)[1].height==40 and json.loads(cache.read_text())
     assert 'No such file' in image_infos([tmp_path/'none.png'])[0].error
 
@@ -141,7 +143,37 @@ def test_unreadable_picture_is_named(tmp_path, small_photos):
     dls = ImageDataLoaders.from_folder(small_photos, valid='val', item_tfms=Resize(32), bs=8, num_workers=0)
     (tmp_path/'bad.jpg').write_text('x')
     dls.valid_ds.tls[0].items = [*dls.valid_ds.items[:-1], tmp_path/'bad.jpg']
-    with pytest.raises(ValueError, match='bad.jpg.*cannot identify'): rect_dl(dls)
+    with pytest.raises(ValueError, match='bad.jpg cannot be read.*cannot identify'): rect_dl(dls)
+
+def test_odd_but_sound_files_are_not_refused(tmp_path):
+    "Text where the EXIF orientation should be, stray bytes between segments"
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0,255,(40,90,3),np.uint8))
+    text = b'Exif\0\0II*\0\x08\0\0\0\x01\0' + struct.pack('<HHI4sI', 0x0112, 2, 4, b'top', 0) # One entry, of type text
+    rgb.save(tmp_path/'exif.jpg', exif=text)
+    assert Image.open(tmp_path/'exif.jpg').getexif()[0x0112]=='top'
+    rgb.save(tmp_path/'plain.jpg')
+    data = (tmp_path/'plain.jpg').read_bytes()
+    k = data.index(b'\xff\xda')
+    (tmp_path/'stray.jpg').write_bytes(data[:k]+b'\x00\x00'+data[k:])
+    infos = [read_info(tmp_path/f'{n}.jpg', check=True) for n in ('exif','stray')]
+    assert infos==[ImageInfo(90,40,1,True)]*2
+
+def test_files_that_only_the_data_set_can_open(tmp_path):
+    for i in range(8): np.save(tmp_path/f'{i}.npy', np.zeros((20,20+10*i,3), np.uint8))
+    dls = DataBlock((TransformBlock(type_tfms=lambda f: PILImage.create(np.load(f))), CategoryBlock), get_items=lambda p: sorted(p.glob('*.npy')),
+                    get_y=lambda f: int(f.stem)%2, splitter=FuncSplitter(lambda f: f.stem<'4'), item_tfms=Resize(16)).dataloaders(tmp_path, bs=2, num_workers=0)
+    assert aspect_ratios(dls.valid_ds)==[1,1.5,2,2.5]
+
+@pytest.mark.parametrize('tfms,share', [(Resize(32),1.), ([Resize(40),RectCrop(32)],.875), (RectCrop(32,crop_pct=.7),.7)])
+def test_rectangles_keep_the_margin_of_the_loader(small_photos, tmp_path, tfms, share):
+    "Nothing that the square crop shows is lost"
+    dls = ImageDataLoaders.from_folder(small_photos, valid='val', item_tfms=tfms, bs=8, num_workers=0)
+    crop = [f for f in rect_dl(dls).after_item.fs if isinstance(f, RectCrop)]
+    assert [c.crop_pct for c in crop]==[share]
+
+def test_training_pictures_too(small_photos):
+    dls = ImageDataLoaders.from_folder(small_photos, valid='val', item_tfms=Resize(32), bs=50, num_workers=0)
+    assert sum(len(b[0]) for b in rect_dl(dls.train))==400
 
 def test_damaged_jpeg_is_found(small_photos, tmp_path):
     "Cut short, or with bytes changed in the middle, where Pillow returns garbage without a word"

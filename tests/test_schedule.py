@@ -1,5 +1,5 @@
 "The phase table: golden rows of the 2018 runs, and properties of any table"
-import csv, itertools, json, subprocess, sys
+import csv, itertools, json, subprocess, sys, warnings
 from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
@@ -129,12 +129,31 @@ def test_wrong_values_are_refused_or_right(name, v):
     except ValueError as e: assert 'phase' in str(e) and (name in str(e) or 'whole number' in str(e))
     else: assert s.n_epoch>=1 and s.at(0).lr>=0 and s.at(0).bs>=1 and s.at(0).size>=8
 
+@pytest.mark.parametrize('dicts,words', [
+    ([dict(ep=0, sz=64, bs=8), dict(ep=(0,5), lr=.1), dict(ep=6, sz=96, bs=8)], 'starts when the run ends'),
+    ([dict(ep=0, sz=64, bs=8), dict(ep=(0,5), lr=.1), dict(ep=5, lr=.01)], 'give the last lr phase an end'),
+    ([dict(ep=0, sz=64, bs=8, rectval=True), dict(ep=(0,5), lr=.1)], "Unknown keys ..rectval"),
+    ([dict(ep=0, sz=64, bs=8), dict(ep=2, rect_val=True), dict(ep=(0,5), lr=.1)], "neither 'lr' nor"),
+    ([dict(ep=0, sz=64, bs=8), dict(ep=(0,8), lr=(3,4)), dict(ep=(5,10), lr=1)], 'overlap'),
+    ([3], 'list of dicts'), ([dict(sz=64, bs=8)], "needs 'ep'"), ([dict(ep=0, sz=64, bs=8), dict(ep=0, lr=(1,2))], 'last lr phase an end')])
+def test_wrong_original_lists_are_refused(dicts, words):
+    with pytest.raises(ValueError, match=words): Schedule.from_original(dicts)
+
+def test_lr_jumps():
+    first = Phase(1, size=64, bs=8, lr=.1)
+    for p,jump in ((Phase(1, bs=16, lr=.2),False), (Phase(1, bs=16, lr=.3),True), (Phase(1, lr=.2),True), (Phase(1, size=96, lr=.2),False),
+                   (Phase(1, bs=4, lr=.2),True), (Phase(1, lr=.01),False)):
+        with warnings.catch_warnings(record=True) as ws:
+            warnings.simplefilter('always')
+            Schedule([first, p])
+        assert bool(ws)==jump, p
+
 def test_files(tmp_path):
     s = recipes['imagenet18_8']
     assert Schedule.load(s.save(tmp_path/'s.json'))==s
     (tmp_path/'o.json').write_text(json.dumps(originals['imagenet18/8']))
     assert Schedule.load(tmp_path/'o.json', world=64).n_epoch==35
-    for bad in ('{', '3', '{"phases":[{"n_epoch":1,"sz":3}]}', '{"phases":[{"size":64,"bs":8,"lr":1}]}', '[{"lr":1}]'):
+    for bad in ('{', '3', '{"phases":[{"n_epoch":1,"sz":3}]}', '{"phases":[{"size":64,"bs":8,"lr":1}]}', '[{"lr":1}]', '[3]', '{"phases":[3]}'):
         (tmp_path/'b.json').write_text(bad)
         with pytest.raises(ValueError, match='b.json'): Schedule.load(tmp_path/'b.json')
 

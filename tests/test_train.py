@@ -6,7 +6,7 @@ from PIL import Image
 from fastai_fastimagenet.models import resnet_small
 from fastai_fastimagenet.phase import Phase
 from fastai_fastimagenet.schedule import Schedule
-from fastai_fastimagenet.train import main
+from fastai_fastimagenet.train import class_of, find_images, main
 
 exe = Path(sys.executable).parent/'fastimagenet-train'
 
@@ -63,14 +63,15 @@ def test_same_seed_same_result(tmp_path):
     assert losses[0]==losses[1]!=losses[2]
 
 def test_target_and_epochs(tmp_path):
-    data,sched = folder(tmp_path/'d'),table(tmp_path/'s.json', quick)
+    "Random pictures of 8 classes: top-5 of .2 is reached at once, top-1 of .99 never"
+    data,sched = folder(tmp_path/'d', 'abcdefgh', n=3),table(tmp_path/'s.json', quick)
     args = '--data', data, '--schedule', sched, '--arch', 'resnet_small', '--workers', 0
-    r = run(*args, '--epochs', 3, '--target-top5', .5, '--out', tmp_path/'a')
-    assert 'reached top5 0.5 in' in r.stdout.splitlines()[-1] and '1 epochs' in r.stdout.splitlines()[-1]
-    r = run(*args, '--epochs', 2, '--target-top1', 1, '--out', tmp_path/'b')
-    res = json.loads((tmp_path/'b/result.json').read_text())
-    assert res['epochs']==2 or res['target_epochs']==1
-    assert Schedule.load(tmp_path/'b/schedule.json').n_epoch==2
+    r = run(*args, '--epochs', 3, '--target-top5', .2, '--out', tmp_path/'a')
+    assert r.stdout.splitlines()[-1].startswith('reached top5 0.2 in ') and ', 1 epochs; final' in r.stdout.splitlines()[-1]
+    r = subprocess.run([sys.executable, '-m', 'fastai_fastimagenet.train', *map(str, args), '--epochs', '2', '--target-top1', '.99',
+                        '--out', str(tmp_path/'b')], capture_output=True, text=True, check=True)
+    assert r.stdout.splitlines()[-1].startswith('top1 0.99 not reached; final') and r.stdout.count('final') == 1
+    assert json.loads((tmp_path/'b/result.json').read_text())['epochs']==2==Schedule.load(tmp_path/'b/schedule.json').n_epoch
     assert 'earlier run' in says(*args, '--out', tmp_path/'a')
 
 def test_odd_files(tmp_path):
@@ -101,10 +102,10 @@ def test_bad_input(tmp_path):
     assert 'has one class, a' in says('--data', folder(tmp_path/'one', ('a',)), '--schedule', sched)
     assert 'has no folder val or validation' in says('--data', folder(tmp_path/'noval', splits=('train',)), '--schedule', sched)
     folder(tmp_path/'nopics', n=0)
-    assert 'has no pictures' in says('--data', tmp_path/'nopics', '--schedule', sched)
+    assert 'has no class folder with pictures' in says('--data', tmp_path/'nopics', '--schedule', sched)
     other = folder(tmp_path/'other')
     shutil.move(other/'val/b', other/'val/c')
-    assert 'has classes that' in says('--data', other, '--schedule', sched)
+    assert 'has classes of which' in says('--data', other, '--schedule', sched)
     assert '--schedule' in says('--data', d)
     assert 'Nearest: imagenet18_8' in says('--data', d, '--schedule', 'imagenet18-8')
     assert 'Cannot read a schedule' in says('--data', d, '--schedule', tmp_path/'none.json')
@@ -112,6 +113,11 @@ def test_bad_input(tmp_path):
     assert '`bs` must be' in says('--data', d, '--schedule', tmp_path/'bad.json')
     assert 'fewer than one batch of 512' in says('--data', d, '--schedule', 'imagenet18_1')
     assert 'No model is called' in says(*ok[:4], '--arch', 'resnet5', '--out', tmp_path/'o')
+    assert 'auxiliary outputs' in says(*ok[:4], '--arch', 'googlenet', '--out', tmp_path/'o')
+    assert 'top-5 says nothing' in says(*ok, '--target-top5', .5)
+    assert '`top1` must be' in says(*ok, '--target-top1', 0)
+    (tmp_path/'file').write_text('')
+    assert 'file' in says(*ok[:6], '--out', tmp_path/'file')
     assert 'e.g. .93 for 93 %' in says(*ok, '--target-top5', 93)
     assert 'needs an epoch' in says('--data', d, '--schedule', 'imagenette_5', '--epochs', 2)
     assert not (tmp_path/'o').exists()
@@ -123,3 +129,11 @@ def test_a_table_for_many_gpus_is_scaled(tmp_path):
     run('--data', d, '--schedule', tmp_path/'s.json', '--arch', 'resnet_small', '--workers', 0, '--out', tmp_path/'o')
     done = Schedule.load(tmp_path/'o/schedule.json')
     assert done.world==1 and done.at(0).lr==pytest.approx(.1) and 'linear scaling' in done.notes[0]
+
+def test_class_is_the_folder_below_train(tmp_path):
+    d = folder(tmp_path/'d')
+    (d/'train/a/deep').mkdir()
+    shutil.move(d/'train/a/0.jpg', d/'train/a/deep/0.jpg')
+    shutil.copy(d/'train/b/0.jpg', d/'train/loose.jpg')
+    train_files,_,classes,bad = find_images(d)
+    assert classes==['a','b'] and not bad and len(train_files)==12 and class_of(d, d/'train/a/deep/0.jpg')=='a'

@@ -3,8 +3,8 @@ import itertools
 from functools import partial
 import pytest, torch
 from fastai.vision.all import (Adam, Callback, CancelFitException, CategoryBlock, DataBlock, GrandparentSplitter, ImageBlock,
-    ImageDataLoaders, L, Learner, Normalize, OptimWrapper, ProgressCallback, RandomResizedCrop, RandomResizedCropGPU, Resize, SGD,
-    accuracy, aug_transforms, combined_cos, get_image_files, imagenet_stats, nn, noop, params, parent_label)
+    DataLoaders, ImageDataLoaders, L, Learner, Normalize, OptimWrapper, ProgressCallback, RandomResizedCrop, RandomResizedCropGPU, Resize, SGD,
+    ShortEpochCallback, accuracy, aug_transforms, combined_cos, get_image_files, imagenet_stats, load_learner, nn, noop, params, parent_label)
 from fastai_fastimagenet.all import *
 from fastai_fastimagenet.core import _fits
 from fastai_fastimagenet.sizing import sizers
@@ -110,7 +110,7 @@ class Bomb(Callback):
         if event_name==self.event_name and (self.epoch==1 or event_name in ('before_fit','after_fit')): raise self.ex
 
 @pytest.mark.parametrize('ex', [RuntimeError('out of memory'), KeyboardInterrupt(), CancelFitException()])
-@pytest.mark.parametrize('event_name', ['before_fit','before_epoch','before_batch','after_step','before_validate','after_epoch','after_fit'])
+@pytest.mark.parametrize('event_name', ['before_fit','before_train','before_batch','after_step','after_batch','before_validate','after_epoch','after_fit'])
 @pytest.mark.parametrize('attached', [True, False])
 @pytest.mark.parametrize('opt_func', [SGD, torch_sgd])
 def test_put_back_after_failure(few, ex, event_name, attached, opt_func):
@@ -124,6 +124,87 @@ def test_put_back_after_failure(few, ex, event_name, attached, opt_func):
     assert snapshot(learn)==before
     learn.fit(2, .01, cbs=[] if attached else all_five) # And it can go on
     assert snapshot(learn)==before and len(learn.watch.rows)>0
+
+@pytest.mark.parametrize('opt_func', [SGD, torch_sgd])
+def test_two_exclusions_are_one(few, opt_func):
+    learn = make(few, opt_func=opt_func, cbs=BNWeightDecayExclusion())
+    before = snapshot(learn)
+    learn.fit(1, slice(.001,.01), cbs=BNWeightDecayExclusion())
+    after = snapshot(learn)
+    assert all(after[k]==before[k] for k in ('groups','hooks','dls')) # fastai drops the attribute of two callbacks of one name
+    learn.fit_one_cycle(1, slice(.001,.01))
+
+class ValidateInside(Callback):
+    "Evaluates in the middle of the fit, as for a test set; fastai sends a second before_fit for it"
+    order = 80
+    def after_epoch(self):
+        if self.epoch<2 and not hasattr(self, 'busy'):
+            self.busy = True
+            self.learn.validate()
+            del self.busy
+
+def test_validate_inside_a_fit(few):
+    learn,log,shapes = make(few, opt_func=torch_sgd),EpochLog(),[]
+    class Shapes(Callback):
+        def before_batch(self): shapes.append((self.epoch, self.training, *self.x.shape[-2:]))
+    before = snapshot(learn)
+    learn.fit(2, .01, cbs=[ProgressiveResize({0:32, 1:40}), DynamicBatchSize({0:20, 1:40}), RectValidation({0:True, 1:False}),
+                           BNWeightDecayExclusion(), log, ValidateInside(), Shapes()])
+    assert snapshot(learn)==before and [(r['size'],r['bs']) for r in log.rows]==[(32,20),(40,40)]
+    assert {s[2:] for s in shapes if s[0]==1 and not s[1]}=={(40,40)}
+    assert {min(s[2:]) for s in shapes if s[0]==0 and not s[1]}=={32} and (32,48) in {s[2:] for s in shapes if s[0]==0 and not s[1]}
+
+def test_lr_does_not_compound_when_an_epoch_is_cut_short(few):
+    learn = make(few)
+    learn.fit(3, .01, cbs=[DynamicBatchSize({0:10, 1:20}), ShortEpochCallback(.3, short_valid=False)])
+    assert {r[0]: r[5] for r in learn.watch.rows if r[1]}==pytest.approx({0:.01, 1:.02, 2:.02})
+
+def test_epoch_log_and_target_when_an_epoch_is_cut_short(few):
+    learn,log = make(few),EpochLog()
+    learn.fit(2, .01, cbs=[log, DynamicBatchSize({0:20, 1:40}), ShortEpochCallback(.3, short_valid=False), TimeToAccuracy(top1=.99)])
+    assert [r['lr'] for r in log.rows]==pytest.approx([.01,.02])
+    assert all(0<=r['top1']<=1 and r['valid_loss']>1 for r in log.rows)
+
+def test_loaders_wrapped_for_distributed_training_are_unwrapped_after_the_fit(few):
+    "As `DistributedTrainer` does: wrap in before_fit (order 11), put back in after_fit"
+    class Wrap(Callback):
+        order = 11
+        def before_fit(self):
+            self.plain = list(self.dls.loaders)
+            self.learn.dls.loaders = [self.wrap(d) for d in self.plain]
+        def after_fit(self): self.learn.dls.loaders = self.plain
+        def wrap(self, dl):
+            res = dl.new()
+            res.dl = dl
+            return res
+    learn = make(few)
+    before = snapshot(learn)
+    learn.fit(2, .01, cbs=[Wrap(), RectValidation(1), ProgressiveResize({1:32})])
+    assert snapshot(learn)==before
+
+def test_schedule_refuses_its_callbacks_twice(few):
+    sched = Schedule([Phase(1, size=32, bs=20, lr=.01)])
+    for cb in (ProgressiveResize({0:32}), DynamicBatchSize({0:8}), RectValidation()):
+        with pytest.raises(ValueError, match='brings its own'): make(few, cbs=cb).fit_phases(sched)
+        with pytest.raises(ValueError, match='brings its own'): make(few).fit_phases(sched, cbs=cb)
+    make(few, opt_func=torch_sgd, cbs=BNWeightDecayExclusion()).fit_phases(sched)
+
+def test_what_a_schedule_cannot_do_is_said(few):
+    learn = make(few)
+    with pytest.warns(UserWarning, match='All phases train on'): learn.fit_phases(Schedule([Phase(1, size=32, bs=20, lr=.01, data='-sz/160')]))
+    with pytest.warns(UserWarning, match='min_scale is ignored'):
+        learn.fit_phases(Schedule([Phase(1, size=32, bs=20, lr=.01), Phase(1, min_scale=.5)]))
+    dl = torch.utils.data.DataLoader([(torch.zeros(3,32,32), torch.tensor(0))]*8, batch_size=4)
+    plain = Learner(DataLoaders(dl, dl), resnet_small(2,4), nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match='plain PyTorch DataLoader'): plain.fit_phases(Schedule([Phase(1, size=32, bs=4, lr=.01)]))
+
+def test_pickle_holds_no_loaders(few, tmp_path):
+    learn = make(few, cbs=[t() for t in tricks.values()])
+    learn.remove_cb(Watch)
+    learn.path = tmp_path
+    learn.fit(1, .01)
+    learn.export()
+    assert (tmp_path/'export.pkl').stat().st_size<2e6 and load_learner(tmp_path/'export.pkl').predict(few/'val/star_a/00000.jpg')
 
 def test_idle_outside_fit(few):
     learn = make(few, cbs=[t() for t in tricks.values()])
