@@ -12,13 +12,13 @@ from fastai.callback.core import *
 
 # %% ../nbs/21_batchsize.ipynb #425fc84a
 class DynamicBatchSize(ScaleLR):
-    "Change the training batch size at the epochs given; `ValueError` if a batch is larger than the training set"
+    "Change the training batch size at the epochs given, and lr with it (arxiv.org/abs/1706.02677)"
     order = 61 # After `ParamScheduler` (60), whose lr is scaled; loaders read the batch size when the epoch starts, later still
     def __init__(self,
         sizes:dict, # First epoch -> images per process, e.g. {0:128, 6:256}
         scale_lr:bool=True, # Multiply lr by the batch size in force over that of epoch 0?
     ):
-        self.batch_sizes = check_table(sizes, 'sizes', lambda o: isinstance(o, int) and o>0, 'a whole number of images, 1 or more')
+        self.batch_sizes = check_table(sizes, 'sizes', lambda o: isinstance(o, int) and o>0 and o is not True, 'a whole number of images, 1 or more')
         self.scale_lr = scale_lr
 
     def before_fit(self):

@@ -52,6 +52,7 @@ def _undoing(fit):
         outer,_fits[self] = _fits.get(self),_Fit()
         try: return fit(self, *args, **kwargs)
         finally:
+            if _fits[self].lrs is not None: self.opt.set_hyper('lr', _fits[self].lrs) # Scaled when the fit broke off
             _fits[self].undo.close()
             if outer is None: del _fits[self]
             else: _fits[self] = outer

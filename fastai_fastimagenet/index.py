@@ -86,7 +86,7 @@ def image_infos(
         old = cache.get(name)
         if old and old[0]==stamp and (old[1][3] or not check): return ImageInfo(*old[1])
         res = read_info(p, check)
-        found[name] = [stamp, [res.width, res.height, res.orientation, res.checked, res.error]]
+        if not res.error: found[name] = [stamp, [res.width, res.height, res.orientation, res.checked, res.error]]
         return res
     chunks = [paths[i:i+256] for i in range(0, len(paths), 256)]
     with ThreadPoolExecutor(os.cpu_count()) as pool: res = [i for part in pool.map(lambda ps: [info(p) for p in ps], chunks) for i in part]

@@ -54,21 +54,19 @@ def to_any_size(
     c_in:int=3 # Channels of its images
 )->nn.Module: # The same `model`
     "Make `model` take images of any size, `ValueError` if that cannot be done; larger squares and rectangles are tried"
-    x = torch.randn(2, c_in, size, size, device=next(model.parameters()).device)
+    if not isinstance(size, int): raise ValueError(f'`size` must be the side of square images (pixels), got {size!r}')
+    p = next(model.parameters())
+    x = torch.randn(2, c_in, size, size, device=p.device, dtype=p.dtype)
     with evaluating(model):
         try: before,calls = _trace(model, x)
         except (RuntimeError,AssertionError,ValueError) as e:
             raise ValueError(f'The model does not take {size}x{size} images with {c_in} channels. Pass the `size` it was made '
                              f'for. It says: {e}'.splitlines()[0]) from None
-        linear = first(i for i,(m,_,_) in enumerate(calls) if isinstance(m, nn.Linear))
-        maps = [c for c in calls[:linear] if len(c[2])==4]
-        if not maps or (linear is not None and len(calls[linear][1])!=2):
-            raise ValueError('`to_any_size` is for convolutional models with feature maps and a linear head; this one has '
-                             f'{"no feature maps" if not maps else "a linear layer on something else than flat features"}')
-        _make_adaptive(model, maps)
-        if not _takes_any(model, x, before.shape): _pool_last(model, maps)
-        if not _takes_any(model, x, before.shape):
-            raise ValueError('`to_any_size` found no single place to pool this model: give it an `nn.AdaptiveAvgPool2d` before its head')
+        maps = [c for c in calls if len(c[2])==4]
+        if maps: _make_adaptive(model, *maps[-1], len([c for c in maps if c[0] is maps[-1][0]]))
+        if not _takes_any(model, x, before.shape) and not any(_pool(model, x, before, c) for c in _once(maps)):
+            raise ValueError('`to_any_size` is for convolutional models, and found no single feature map to pool in this one: give it '
+                             'an `nn.AdaptiveAvgPool2d` before its head, or train at one size')
         if not torch.allclose(before, model(x), rtol=1e-4, atol=1e-5): raise ValueError('The model computes something else afterwards')
     return model
 
@@ -78,16 +76,20 @@ def _takes_any(model, x, shape):
     try: return all(model(F.interpolate(x, size=s)).shape==shape for s in ((size*3//2,)*2, (size,size*2)))
     except (RuntimeError,AssertionError,ValueError): return False
 
-def _make_adaptive(model, maps):
-    "If a fixed average pool comes last, make it adaptive: it runs at larger sizes, but sees a corner only"
-    m,inp,out = maps[-1]
-    pool = isinstance(m, nn.AvgPool2d) and sum(c[0] is m for c in maps)==1 and _adaptive(m, inp, out)
+def _make_adaptive(model, m, inp, out, times):
+    "If the last map comes from a fixed average pool, make it adaptive: it runs at larger sizes, but sees a corner only"
+    pool = isinstance(m, nn.AvgPool2d) and times==1 and _adaptive(m, inp, out)
     if pool: _replace(model, m, pool)
 
-def _pool_last(model, maps):
-    "Pool the output of the last layer that runs only once; one that runs in several places cannot pool for one"
-    once = [c for c in maps if sum(o[0] is c[0] for o in maps)==1]
-    if once: once[-1][0].register_forward_hook(PoolTo(once[-1][2][-2:]))
+def _once(maps):
+    "The last ten maps of layers that run only once, last first; a layer that runs in several places cannot pool for one"
+    return [c for c in maps if sum(o[0] is c[0] for o in maps)==1][:-11:-1]
+
+def _pool(model, x, before, call):
+    "Pool the output of one layer to the shape it has now; does `model` take any size then?"
+    hook = call[0].register_forward_hook(PoolTo(call[2][-2:]))
+    if _takes_any(model, x, before.shape): return True
+    hook.remove()
 
 # %% ../nbs/16_models.ipynb #f9b645d4
 def zero_init_residual(

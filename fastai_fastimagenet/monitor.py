@@ -53,8 +53,8 @@ class EpochLog(FitCallback):
                    minutes=(time.perf_counter()-self.began)/60)
         self.rows.append({k: row[k] for k in self.columns})
         if self.csv_path: pd.DataFrame(self.rows).to_csv(self.csv_path, index=False)
-        if not self.headed: self._show(''.join(f'{k:>11}' for k in self.columns))
-        self._show(''.join(f'{row[k]:>11{f}}' for k,f in self.columns.items()))
+        if not self.headed: self._show(' '.join(f'{k:>10}' for k in self.columns))
+        self._show(' '.join(f'{row[k]:>10{f}}' for k,f in self.columns.items()))
         self.headed = True
 
     def _size(self): return dl_size(self.dls.train) if sizers(self.dls.train) else int(min(self.x.shape[-2:]))

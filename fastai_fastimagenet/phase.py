@@ -75,6 +75,7 @@ def resolve(
     phases:list # `Phase`s in order
 )->tuple: # `Phase`s with every value filled in, their first epochs, and the number of epochs
     "Check a list of phases and fill in what carries over; `ValueError` says what is wrong and how to fix it"
+    if not isinstance(phases, (list,tuple)): raise ValueError(f'Expected a list of `Phase`s, got {phases!r}')
     res,starts,start = [],[],0
     for i,p in enumerate(phases):
         where = f'phase {i} (from epoch {start:g})'
@@ -94,13 +95,14 @@ def _ep(d):
     "First and last epoch (None if open) of an original phase"
     try: ep = d['ep']
     except (TypeError,KeyError): raise ValueError(f"Every phase needs 'ep', an epoch or (first, last); got {d!r}") from None
-    a,b = ep if isinstance(ep, (tuple,list)) else (ep,None)
+    a,b = ep if isinstance(ep, (tuple,list)) and len(ep)==2 else (ep,None)
     if not is_num(a) or a<0 or (b is not None and not (is_num(b) and b>a)):
         raise ValueError(f"'ep' must be an epoch or (first, last) with last > first, got {d!r}")
     return a,b
 
 def _lr_line(d):
     "Original lr phase -> function from epoch to lr"
+    if len(ends(d['lr']))!=2 or not all(map(is_num, ends(d['lr']))): raise ValueError(f"'lr' must be a number or (start, end), got {d!r}")
     (a,b),(x,y) = _ep(d),ends(d['lr'])
     if x!=y and b is None: raise ValueError(f"a moving lr needs 'ep' as (first, last), got {d!r}")
     return lambda e: x if x==y else lerp(x, y, (e-a)/(b-a))

@@ -44,8 +44,10 @@ class RectCrop(RandTransform):
         crop_pct:float=.875 # Share of the largest such crop that is kept
     ):
         super().__init__()
+        if not 0<crop_pct<=1: raise ValueError(f'`crop_pct` must be a share above 0, at most 1, got {crop_pct!r}')
         self.size,self.crop_pct,self.shape = size,crop_pct,None
 
     def encodes(self, x:Image.Image):
         h,w = self.shape or (self.size,self.size)
-        return x.resize((w,h), Image.BILINEAR, box=crop_box(*x.size, (h,w), self.crop_pct))
+        resample = Image.NEAREST if isinstance(x, PILMask) else Image.BILINEAR
+        return x.resize((w,h), resample, box=crop_box(*x.size, (h,w), self.crop_pct))

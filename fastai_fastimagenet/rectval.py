@@ -31,7 +31,7 @@ def _opened_size(ds, i):
 def _opened_or_error(ds, i, path, info):
     "For files that are no pictures to Pillow, but may be to the data set"
     try: return _opened_size(ds, i)
-    except Exception: raise ValueError(f'The validation image {path} cannot be read, remove it: {info.error}') from None
+    except Exception: raise ValueError(f'The validation image {path} cannot be read: {info.error}') from None
 
 # %% ../nbs/24_rectval.ipynb #d0e8cbb5
 def aspect_ratios(
@@ -82,6 +82,9 @@ def rect_dl(
     if not isinstance(dl, TfmdDL): raise ValueError(f'`rect_dl` needs a fastai loader with item transforms, got {type(dl)}')
     size = dl_size(dl) if size is None else size
     if not isinstance(size, int) or size<8: raise ValueError(f'`size` must be a whole number of pixels, 8 or more, got {size!r}')
+    if not isinstance(multiple, int) or multiple<1: raise ValueError(f'`multiple` must be a whole number of pixels, 1 or more, got {multiple!r}')
+    if any(type(o).__name__ in ('TensorPoint','TensorBBox') for o in dl.dataset[0]):
+        raise ValueError('Points and boxes do not move with the rectangles: use rectangular validation for classification')
     rest = {nm: [f for f in deepcopy(getattr(dl, nm)).fs if not sets_size(f)] for nm in ('after_item','before_batch','after_batch')}
     crop = RectCrop(size, _margin(sizers(dl)) if crop_pct is None else crop_pct)
     crop.split_idx = None # Training pictures too, if it is their loader

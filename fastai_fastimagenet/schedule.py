@@ -225,18 +225,19 @@ def from_json(cls:Schedule,
         raise ValueError("A schedule in JSON is {'world': processes, 'phases': [{'n_epoch':.., 'size':.., ..}, ..]} or a "
                          f'list of phases of the 2018 code; got {text[:60]!r}')
     if not all(isinstance(p, dict) for p in d['phases']): raise ValueError(f"'phases' must be a list of dicts, got {d['phases']!r}")
+    if d.keys()-{'world','notes','phases'}: raise ValueError(f"Unknown keys {sorted(d)}; expected 'world', 'phases' and 'notes'")
     unknown = {k for p in d['phases'] for k in p} - set(Phase.__dataclass_fields__)
     if unknown: raise ValueError(f'Unknown keys {sorted(unknown)}; a phase has {list(Phase.__dataclass_fields__)}')
     phases = [Phase(**{'n_epoch':None, **p, 'lr':tuple(p['lr']) if isinstance(p.get('lr'), list) else p.get('lr')})
               for p in d['phases']]
-    return Schedule(phases, d.get('world', 1), d.get('notes', ()))
+    return Schedule(phases, d.get('world', 1), map(str, d.get('notes') or ()))
 
 @patch
 def save(self:Schedule,
     path # File to write
 )->Path: # The same
     "Write `to_json` to `path`"
-    Path(path).write_text(self.to_json())
+    Path(path).expanduser().write_text(self.to_json())
     return Path(path)
 
 @patch(cls_method=True)
@@ -245,5 +246,5 @@ def load(cls:Schedule,
     world:int=1 # Processes, for a list of the 2018 code, which does not say
 )->Schedule:
     "Read a schedule; `ValueError` names the file and what is wrong with it"
-    try: return cls.from_json(Path(path).read_text(), world)
+    try: return cls.from_json(Path(path).expanduser().read_text(), world)
     except (OSError,ValueError) as e: raise ValueError(f'Cannot read a schedule from {path}: {e}') from None

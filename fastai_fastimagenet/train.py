@@ -74,7 +74,7 @@ def get_dls(
     path = _folder(path)
     train,valid,classes,bad = find_images(path)
     if len(train)<bs: raise ValueError(f'{path} has {len(train)} training pictures, fewer than one batch of {bs}. Take another '
-                                       'schedule, or smaller batches with `Schedule.scale_to`')
+                                       'schedule, or smaller batches with `Schedule.scale_to` in Python')
     tfms = [RandomResizedCrop(size, min_scale=min_scale, split_idx=0), RectCrop(size), FlipItem(.5)]
     block = DataBlock((ImageBlock, CategoryBlock(vocab=classes)), get_items=lambda o: train+valid, get_y=partial(class_of, path),
                       splitter=IndexSplitter(range(len(train), len(train)+len(valid))), item_tfms=tfms,
@@ -166,7 +166,8 @@ def prepare(
     stop = None if target_top1 is None and target_top5 is None else TimeToAccuracy(target_top1, target_top5)
     if data not in _default_schedule: _folder(data)
     sched = for_world(get_schedule(schedule or _default_schedule.get(data), epochs))
-    out = Path(out or f'runs/{Path(data).name}-{datetime.now():%Y%m%d-%H%M%S}')
+    out = Path(out or f'runs/{Path(data).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}')
+    if workers is not None and workers<0: raise ValueError(f'`workers` must be 0 or more, got {workers}')
     if (out/'history.csv').exists(): raise ValueError(f'{out} holds an earlier run. Give another `--out`')
     row = sched.at(0)
     set_seed(seed) # Before the loaders, which draw the seed of their order when they are made
@@ -184,12 +185,12 @@ def prepare(
 
 def _run(learn, sched, stop, arch, out):
     log = EpochLog(out/'history.csv')
+    sched.save(out/'schedule.json')
     if torch.cuda.is_available(): learn.to_fp16()
     with learn.no_logging(), nullcontext() if sys.stdout.isatty() else learn.no_bar(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'All phases train') # Said at the start
-        learn.fit_phases(sched, cbs=L(log, stop).filter())
-    sched.save(out/'schedule.json')
-    torch.save(dict(model=learn.model.state_dict(), arch=arch, classes=list(learn.dls.vocab)), out/'model.pth')
+        try: learn.fit_phases(sched, cbs=L(log, stop).filter())
+        finally: torch.save(dict(model=learn.model.state_dict(), arch=arch, classes=list(learn.dls.vocab)), out/'model.pth')
     return _finish(learn, sched, log.rows, stop, out)
 
 @delegates(prepare)
@@ -206,4 +207,5 @@ def main(**kwargs):
     except (ValueError,KeyError,OSError) as e:
         text = e.args[0] if isinstance(e, KeyError) and e.args else e
         sys.exit(f'fastimagenet-train: {" ".join(str(text).split())}')
-    run()
+    try: run()
+    except KeyboardInterrupt: sys.exit('fastimagenet-train: interrupted; the folder named above holds history and model up to here')

@@ -35,6 +35,15 @@ class TwoBranches(nn.Module):
         self.a,self.b,self.head = nn.Conv2d(3,4,3,2,1),nn.Conv2d(3,4,5,2,2),nn.Linear(2*4*16*16,5)
     def forward(self, x): return self.head(torch.cat([self.a(x).flatten(1), self.b(x).flatten(1)], 1))
 
+class Squeeze(nn.Module):
+    "Squeeze and excite: linear layers in the middle"
+    def __init__(self):
+        super().__init__()
+        self.conv,self.pool,self.a,self.b,self.head = nn.Conv2d(3,8,3,2,1),nn.AdaptiveAvgPool2d(1),nn.Linear(8,2),nn.Linear(2,8),nn.Linear(8*16*16,5)
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head((x*self.b(self.a(self.pool(x).flatten(1))).sigmoid()[...,None,None]).flatten(1))
+
 def old_resnet():
     net = torchvision.models.resnet18(num_classes=5)
     net.avgpool = nn.AvgPool2d(7)
@@ -45,7 +54,7 @@ def plain_sequential():
 
 def fully_convolutional(): return nn.Sequential(nn.Conv2d(3,5,3,8,1), nn.AvgPool2d(4), nn.Flatten())
 
-cases = dict(functional=(FunctionalPool,32), conv_only=(fully_convolutional,32),
+cases = dict(squeeze=(Squeeze,32), convnext=(lambda: torchvision.models.convnext_tiny(num_classes=5),64), functional=(FunctionalPool,32), conv_only=(fully_convolutional,32),
              alexnet=(OldAlexNet,224), resnet=(old_resnet,224), shared=(SharedPool,32), sequential=(plain_sequential,64),
              mobilenet=(lambda: torchvision.models.mobilenet_v3_small(num_classes=5),224),
              squeezenet=(lambda: torchvision.models.squeezenet1_1(num_classes=5),224),
@@ -90,7 +99,7 @@ def test_survives_copy_and_pickle(tmp_path):
         for m in (copy.deepcopy(model), torch.load(tmp_path/'m.pth', weights_only=False)): assert torch.equal(m(x), model(x))
 
 @pytest.mark.parametrize('model,words', [(torchvision.models.vit_b_16(num_classes=5), 'convolutional models'),
-    (nn.Sequential(nn.Flatten(), nn.Linear(3*224*224,2)), 'no feature maps'), (plain_sequential(), 'Pass the `size`')])
+    (nn.Sequential(nn.Flatten(), nn.Linear(3*224*224,2)), 'convolutional models'), (plain_sequential(), 'Pass the `size`')])
 def test_refused(model, words):
     with pytest.raises(ValueError, match='AdaptiveAvgPool2d'): to_any_size(TwoBranches(), 32)
     with pytest.raises(ValueError, match=words): to_any_size(model)

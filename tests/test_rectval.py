@@ -3,7 +3,7 @@ import json, os, struct
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image, ImageOps
 from hypothesis import given, strategies as st
-from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, FuncSplitter, ImageBlock, ImageDataLoaders, IndexSplitter, Learner,
+from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, FuncSplitter, ImageBlock, MaskBlock, PointBlock, ImageDataLoaders, IndexSplitter, Learner,
     PILImage, ProgressCallback, Resize, TransformBlock, accuracy, get_image_files, noop, parent_label)
 from fastai_fastimagenet.all import *
 from fastai_fastimagenet.index import ImageInfo, image_infos, read_info
@@ -171,9 +171,20 @@ def test_rectangles_keep_the_margin_of_the_loader(small_photos, tmp_path, tfms, 
     crop = [f for f in rect_dl(dls).after_item.fs if isinstance(f, RectCrop)]
     assert [c.crop_pct for c in crop]==[share]
 
+def test_points_are_refused_and_masks_keep_their_values(small_photos):
+    files = sorted((small_photos/'val').rglob('*.jpg'))[:8]
+    points = DataBlock((ImageBlock, PointBlock), get_items=lambda o: files, get_y=lambda f: torch.zeros(1,2), splitter=IndexSplitter(range(4)),
+                       item_tfms=Resize(32)).dataloaders(None, bs=2, num_workers=0)
+    with pytest.raises(ValueError, match='Points and boxes'): rect_dl(points)
+    mask = lambda f: (np.asarray(Image.open(f).convert('L'))>128).astype(np.uint8)*2
+    masks = DataBlock((ImageBlock, MaskBlock), get_items=lambda o: files, get_y=mask, splitter=IndexSplitter(range(4)),
+                      item_tfms=Resize(32)).dataloaders(None, bs=2, num_workers=0)
+    for x,y in rect_dl(masks): assert x.shape[-2:]==y.shape[-2:] and set(y.unique().tolist())=={0,2}
+
 def test_training_pictures_too(small_photos):
     dls = ImageDataLoaders.from_folder(small_photos, valid='val', item_tfms=Resize(32), bs=50, num_workers=0)
     assert sum(len(b[0]) for b in rect_dl(dls.train))==400
+    assert len(learner(dls).tta(dl=rect_dl(dls), n=1)[0])==100
 
 def test_damaged_jpeg_is_found(small_photos, tmp_path):
     "Cut short, or with bytes changed in the middle, where Pillow returns garbage without a word"

@@ -1,5 +1,5 @@
 "The training script as a user runs it: what it leaves, what it says about bad input, and that it learns"
-import csv, json, shutil, subprocess, sys
+import csv, json, shutil, signal, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -73,6 +73,19 @@ def test_target_and_epochs(tmp_path):
     assert r.stdout.splitlines()[-1].startswith('top1 0.99 not reached; final') and r.stdout.count('final') == 1
     assert json.loads((tmp_path/'b/result.json').read_text())['epochs']==2==Schedule.load(tmp_path/'b/schedule.json').n_epoch
     assert 'earlier run' in says(*args, '--out', tmp_path/'a')
+
+def test_interrupt(tmp_path):
+    "Ctrl-C in the middle: one line, and history, table and model up to there"
+    data,sched = folder(tmp_path/'d'),table(tmp_path/'s.json', Phase(10_000, size=32, bs=4, lr=.01))
+    p = subprocess.Popen([exe, '--data', data, '--schedule', sched, '--arch', 'resnet_small', '--workers', '0', '--out', tmp_path/'o'],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while not p.stdout.readline().startswith('         1 '): assert p.poll() is None
+        p.send_signal(signal.SIGINT)
+        err = p.communicate(timeout=60)[1]
+    finally: p.kill()
+    assert p.returncode==1 and len(err.splitlines())==1 and 'interrupted' in err
+    assert {f.name for f in (tmp_path/'o').iterdir()}=={'history.csv','schedule.json','model.pth'}
 
 def test_odd_files(tmp_path):
     "Gray, CMYK, RGBA and one-channel pictures train; damaged ones are counted and listed"

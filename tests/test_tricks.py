@@ -121,7 +121,7 @@ def test_put_back_after_failure(few, ex, event_name, attached, opt_func):
     try: learn.fit(2, .01, cbs=[Bomb(event_name, ex), *([] if attached else all_five)])
     except (RuntimeError,KeyboardInterrupt) as e: assert type(e) is type(ex)
     else: assert isinstance(ex, CancelFitException)
-    assert snapshot(learn)==before
+    assert snapshot(learn)==before and learn.opt.hypers[-1]['lr']==pytest.approx(.01)
     learn.fit(2, .01, cbs=[] if attached else all_five) # And it can go on
     assert snapshot(learn)==before and len(learn.watch.rows)>0
 
