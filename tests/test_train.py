@@ -49,7 +49,7 @@ def test_learns_and_leaves_everything(small_photos, tmp_path):
     assert res['top1']==pytest.approx(float(rows[-1]['top1'])) and {'rect_top1','centre_top1'} <= res.keys()
     saved = torch.load(out/'model.pth')
     assert resnet_small(len(saved['classes'])).load_state_dict(saved['model'])
-    header,*lines = [l for l in r.stdout.splitlines() if l.startswith('      ')]
+    header,*lines = [l for l in r.stdout.splitlines() if l.startswith('     ')]
     assert header.split()==['epoch','size','bs','lr','train_loss','valid_loss','top1','top5','images_s','minutes'] and len(lines)==12
     assert r.stdout.splitlines()[-1].startswith('final top-1 ') and '\r' not in r.stdout
     assert 'Warning' not in r.stderr
