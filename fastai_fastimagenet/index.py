@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ImageInfo', 'read_info', 'image_infos']
 
-# %% ../nbs/13_index.ipynb #45b50db4
-import hashlib, io, json, os
+# %% ../nbs/13_index.ipynb #dda2c0d9
+import hashlib, json, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +90,5 @@ def image_infos(
         return res
     chunks = [paths[i:i+256] for i in range(0, len(paths), 256)]
     with ThreadPoolExecutor(os.cpu_count()) as pool: res = [i for part in pool.map(lambda ps: [info(p) for p in ps], chunks) for i in part]
-    if found:
-        gone = [n for n in cache if not (root/n).exists()]
-        _save_cache(file, {**{k: v for k,v in cache.items() if k not in gone}, **found})
+    if found: _save_cache(file, {**{k: v for k,v in cache.items() if (root/k).exists()}, **found})
     return res

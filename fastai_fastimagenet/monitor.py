@@ -36,7 +36,7 @@ class EpochLog(FitCallback):
     ): self.csv_path,self.rows = path and Path(path),[]
 
     def before_fit(self):
-        self.rows,self.rate,self.began,self.headed = [],None,time.perf_counter(),False
+        self.rows,self.rate,self.began = [],None,time.perf_counter()
         if self.csv_path: self.csv_path.parent.mkdir(parents=True, exist_ok=True)
 
     def before_epoch(self): self.rate = None
@@ -53,9 +53,8 @@ class EpochLog(FitCallback):
                    minutes=(time.perf_counter()-self.began)/60)
         self.rows.append({k: row[k] for k in self.columns})
         if self.csv_path: pd.DataFrame(self.rows).to_csv(self.csv_path, index=False)
-        if not self.headed: self._show(' '.join(f'{k:>10}' for k in self.columns))
+        if len(self.rows)==1: self._show(' '.join(f'{k:>10}' for k in self.columns))
         self._show(' '.join(f'{row[k]:>10{f}}' for k,f in self.columns.items()))
-        self.headed = True
 
     def _size(self): return dl_size(self.dls.train) if sizers(self.dls.train) else int(min(self.x.shape[-2:]))
 

@@ -113,13 +113,11 @@ class RectValidation(FitCallback):
         self.multiple,self.crop_pct = multiple,crop_pct
 
     def before_fit(self):
-        self.plain,self.rect = self.dls.loaders[1],rect_dl(self.dls, multiple=self.multiple, crop_pct=self.crop_pct)
+        self.rect = rect_dl(self.dls, multiple=self.multiple, crop_pct=self.crop_pct)
         self.on_exit(setattr, self.dls, 'loaders', list(self.dls.loaders)) # Now, before `DistributedTrainer` (11) wraps them
-        self.was_on = False
 
     def before_epoch(self):
         on = bool(at_epoch(self.rect_epochs, self.epoch))
-        if on==self.was_on: return
+        if on==(self.dls.loaders[1] is self.rect): return
         if on: self.plain = self.dls.loaders[1]
         self.learn.dls.loaders = [self.dls.loaders[0], self.rect if on else self.plain, *self.dls.loaders[2:]]
-        self.was_on = on

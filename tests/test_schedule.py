@@ -52,7 +52,7 @@ lrs = st.floats(1e-4, 10)
 @st.composite
 def schedules(draw):
     "Any right table of whole epochs"
-    phases,bs = [],None
+    phases = []
     for i in range(draw(st.integers(1,6))):
         new_bs = draw(st.integers(1,512) if i==0 else st.one_of(st.none(), st.integers(1,512)))
         need = i==0 or new_bs is not None
