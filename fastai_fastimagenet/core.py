@@ -65,6 +65,7 @@ Learner.fit = _undoing(_fit.__wrapped__ if hasattr(_fit, 'undoes') else _fit) # 
 # %% ../nbs/00_core.ipynb #71cabdec
 class FitCallback(Callback):
     "A `Callback` that acts in `fit` alone, and whose changes are undone when the fit ends, also by an exception"
+    idle_in = ('lr_finder','gather_preds') # Other callbacks in whose company this one does nothing
     def __call__(self, event_name):
         "Call the event if this callback has it and the `Learner` is in a fit (not `lr_find`, `validate`, `get_preds`)"
         here = hasattr(type(self), event_name) or event_name in vars(self) or event_name in ('before_fit','after_fit')
@@ -81,7 +82,7 @@ class FitCallback(Callback):
     @property
     def in_fit(self)->bool:
         "Is the `Learner` in a fit that trains for real?"
-        return self.learn in _fits and not {'lr_finder','gather_preds'} & vars(self.learn).keys()
+        return self.learn in _fits and not {*self.idle_in} & vars(self.learn).keys()
 
     def change(self, obj, name:str, value):
         "Set `obj.name` to `value` until the fit ends"
