@@ -25,10 +25,11 @@ class DynamicBatchSize(ScaleLR):
         dl = dl_layers(self.dls.train)[-1]
         if not hasattr(dl, 'bs'):
             raise ValueError('`DynamicBatchSize` needs a fastai `DataLoader`; the batch size of a PyTorch one is fixed')
-        biggest = max(self.batch_sizes.values())
-        if dl.n is not None and dl.drop_last and biggest>dl.n:
-            raise ValueError(f'A batch of {biggest} is larger than the training set of {dl.n} images, so an epoch would have '
-                             'no batch. Use smaller batches')
+        world = num_distrib() or 1
+        biggest = max(self.batch_sizes.values())*world
+        if dl.n is not None and (dl.drop_last or world>1) and biggest>dl.n:
+            raise ValueError(f'A batch of {biggest}{f", {biggest//world} for each of {world} processes," if world>1 else ""} is larger than the '
+                             f'training set of {dl.n} images, so an epoch would have no batch. Use smaller batches')
         self.first_bs = at_epoch(self.batch_sizes, 0) or dl.bs
 
     def before_epoch(self):

@@ -11,6 +11,8 @@ from .sizing import *
 from .schedule import *
 from .rect import *
 from .models import *
+from .group import *
+from .distributed import *
 from .resize import *
 from .batchsize import *
 from .warmup import *
@@ -74,17 +76,19 @@ def fit_phases(self:Learner,
     cbs=None, # More callbacks
     wd:float=None, # Weight decay of all parameters but normalization and biases; the Learner's by default
     reset_opt:bool=False, # Start with a new optimizer?
-    start_epoch:int=0 # Epochs to skip
+    start_epoch:int=0, # Epochs to skip
+    **ddp # For `learn.ddp()`, which matters when a launcher started several processes: compress='fp16', ...
 )->Schedule: # The table that was carried out
     "Train by `schedule`, but for its column `data`; for another number of processes it is converted by linear scaling"
     if not isinstance(schedule, Schedule):
         raise ValueError(f"`schedule` must be a `Schedule`, e.g. recipes['imagenette_5'], got {schedule!r}")
     given,schedule = schedule,for_world(schedule)
-    if schedule is not given: print(schedule.notes[-1])
+    if schedule is not given: say(schedule.notes[-1])
     _check_cbs(list(self.cbs)+list(L(cbs)))
-    check_model(self, schedule)
     has_min_scale = any(hasattr(f, 'min_scale') for f in sizers(self.dls.train))
     if not has_min_scale and len(schedule.changes('min_scale'))>1: warn('No RandomResizedCrop in the DataLoaders: min_scale is ignored')
     if any(schedule.changes('data').values()): warn(f'All phases train on `learn.dls`; the schedule names {schedule.changes("data")}')
-    self.fit(schedule.n_epoch, wd=wd, cbs=phase_cbs(schedule, has_min_scale)+list(L(cbs)), reset_opt=reset_opt, start_epoch=start_epoch)
+    with self.ddp(**ddp):
+        check_model(self, schedule)
+        self.fit(schedule.n_epoch, wd=wd, cbs=phase_cbs(schedule, has_min_scale)+list(L(cbs)), reset_opt=reset_opt, start_epoch=start_epoch)
     return schedule

@@ -27,7 +27,7 @@ def last_value(
 
 # %% ../nbs/26_monitor.ipynb #f4830824
 class EpochLog(FitCallback):
-    "Show and keep a line for every epoch; `rows` is the history of the last fit, also written to the CSV file `path`"
+    "Show and keep a line for every epoch; `rows` is the history of the last fit, also written to the CSV file `path`; of many processes, rank 0 does"
     order = 55 # After `Recorder` (50), which measures; before `ProgressCallback` (60), which closes the bars
     columns = dict(epoch='d', size='d', bs='d', lr='.4g', train_loss='.4f', valid_loss='.4f', top1='.4f', top5='.4f',
                    images_s='.1f', minutes='.2f')
@@ -42,7 +42,7 @@ class EpochLog(FitCallback):
     def before_epoch(self): self.rate = None
     def before_train(self): self.n_images,self.train_began = 0,time.perf_counter()
     def after_batch(self):
-        if self.training: self.n_images += find_bs(self.learn.yb)
+        if self.training: self.n_images += find_bs(self.learn.yb)*(num_distrib() or 1)
     def after_train(self): self.rate = self.n_images/max(1e-9, time.perf_counter()-self.train_began)
 
     def after_epoch(self):
@@ -52,6 +52,7 @@ class EpochLog(FitCallback):
                    **{k: last_value(self.learn, k) for k in ('train_loss','valid_loss',*_metrics)}, images_s=self.rate,
                    minutes=(time.perf_counter()-self.began)/60)
         self.rows.append({k: row[k] for k in self.columns})
+        if rank_distrib(): return
         if self.csv_path: pd.DataFrame(self.rows).to_csv(self.csv_path, index=False)
         if len(self.rows)==1: self._show(' '.join(f'{k:>10}' for k in self.columns))
         self._show(' '.join(f'{row[k]:>10{f}}' for k,f in self.columns.items()))

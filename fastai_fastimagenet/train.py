@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['class_of', 'find_images', 'get_dls', 'get_model', 'get_schedule', 'prepare', 'train', 'main']
 
-# %% ../nbs/40_train.ipynb #16448574
-import difflib, json, sys, warnings
+# %% ../nbs/40_train.ipynb #ce049af1
+import difflib, json, shlex, sys, warnings
 from contextlib import nullcontext
 from datetime import datetime
 import torchvision
@@ -20,8 +20,11 @@ from .schedule import *
 from .recipes import *
 from .rect import *
 from .models import *
+from .group import *
+from .distributed import *
 from .rectval import *
 from .monitor import *
+from .precision import *
 from .fit import *
 
 # %% ../nbs/40_train.ipynb #5df3347d
@@ -68,18 +71,21 @@ def get_dls(
     size:int, # Image side of the first epoch (pixels)
     bs:int, # Images per batch
     min_scale:float=.08, # Smallest area share of the random crop
-    workers:int=None # Loader processes; by default one per core, at most 8
+    workers:int=None # Loader processes; by default this process's share of the cores, at most 8
 )->DataLoaders:
     "`DataLoaders` for a folder in ImageNet's layout; `dls.skipped` are the files left out, with the reason"
     path = _folder(path)
-    train,valid,classes,bad = find_images(path)
-    if len(train)<bs: raise ValueError(f'{path} has {len(train)} training pictures, fewer than one batch of {bs}. Take another '
-                                       'schedule, or smaller batches with `Schedule.scale_to` in Python')
+    train,valid,classes,bad = rank0_first(find_images, path)
+    world = num_distrib() or 1
+    if len(train)<bs*world:
+        raise ValueError(f'{path} has {len(train)} training pictures, fewer than one batch of {bs}{f" for each of {world} processes" if world>1 else ""}. '
+                         'Take another schedule, or smaller batches with `Schedule.scale_to` in Python')
+    if workers is None: workers = min(8, max(1, num_cpus()//int(os.environ.get('LOCAL_WORLD_SIZE', world))))
     tfms = [RandomResizedCrop(size, min_scale=min_scale, split_idx=0), RectCrop(size), FlipItem(.5)]
     block = DataBlock((ImageBlock, CategoryBlock(vocab=classes)), get_items=lambda o: train+valid, get_y=partial(class_of, path),
                       splitter=IndexSplitter(range(len(train), len(train)+len(valid))), item_tfms=tfms,
                       batch_tfms=Normalize.from_stats(*imagenet_stats))
-    dls = block.dataloaders(path, bs=bs, path=path, num_workers=min(8, num_cpus()) if workers is None else workers)
+    dls = block.dataloaders(path, bs=bs, path=path, num_workers=workers)
     dls.skipped = bad
     return dls
 
@@ -117,15 +123,21 @@ def get_schedule(
     sched = Schedule.load(name) if str(name).endswith('.json') else recipes[name]
     return sched if n_epoch is None else sched.scale_epochs(n_epoch)
 
-# %% ../nbs/40_train.ipynb #0677ed0c
+# %% ../nbs/40_train.ipynb #a001e0f5
+def _more_gpus(n_gpus, args):
+    "How to use `n_gpus` GPUs, said to a single process"
+    if n_gpus>1 and num_distrib()<=1: return (f'{n_gpus} GPUs here, one in use. To use all: '
+        f'python -m fastai_fastimagenet.launch -m fastai_fastimagenet.train {shlex.join(args)}').strip()
+
 def _say_start(dls, arch, sched, out):
-    print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} validation pictures of {dls.c} classes, {arch}, into {out}')
+    if more := _more_gpus(torch.cuda.device_count(), sys.argv[1:]): say(more)
+    say(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} validation pictures of {dls.c} classes, {arch}, into {out}')
     if dls.skipped:
         f,e = dls.skipped[0]
-        print(f'{len(dls.skipped)} files left out because they cannot be decoded, listed in skipped.txt: {f} ({e}), ...')
+        say(f'{len(dls.skipped)} files left out because they cannot be decoded, listed in skipped.txt: {f} ({e}), ...')
         (out/'skipped.txt').write_text('\n'.join(f'{f}\t{e}' for f,e in dls.skipped))
-    if any(sched.changes('data').values()): print(f'All phases train on this folder; the table names copies: {sched.changes("data")}')
-    print(sched)
+    if any(sched.changes('data').values()): say(f'All phases train on this folder; the table names copies: {sched.changes("data")}')
+    say(sched)
 
 def _compare(learn, size):
     "Top-1 of `learn` on centre crops and on rectangles of the same size"
@@ -135,18 +147,18 @@ def _compare(learn, size):
 def _finish(learn, sched, rows, stop, out):
     "Write `result.json`, print the last line"
     last = rows[-1]
-    res = dict(command=sys.argv, torch=torch.__version__, threads=torch.get_num_threads(), epochs=len(rows), minutes=last['minutes'],
+    res = dict(command=sys.argv, torch=torch.__version__, processes=sched.world, threads=torch.get_num_threads(), epochs=len(rows), minutes=last['minutes'],
                top1=last['top1'], top5=last['top5'], skipped=len(learn.dls.skipped))
     if sched.at(last['epoch']).rect:
         res['centre_top1'],res['rect_top1'] = _compare(learn, last['size'])
-        print(f'Same model, {last["size"]} px: centre crop top-1 {res["centre_top1"]:.4f}, rectangles {res["rect_top1"]:.4f}')
+        say(f'Same model, {last["size"]} px: centre crop top-1 {res["centre_top1"]:.4f}, rectangles {res["rect_top1"]:.4f}')
     line = f'final top-1 {last["top1"]:.4f}, top-5 {last["top5"]:.4f} after {len(rows)} epochs, {last["minutes"]:.2f} min'
     if stop:
         res.update(targets=stop.targets, target_epochs=stop.n_epochs, target_minutes=stop.minutes)
         goal = ', '.join(f'{k} {v:g}' for k,v in stop.targets.items())
         line = (f'reached {goal} in {stop.minutes:.2f} min, {stop.n_epochs} epochs' if stop.minutes else f'{goal} not reached') + '; ' + line
-    (out/'result.json').write_text(json.dumps(res, indent=1))
-    print(line)
+    if not rank_distrib(): (out/'result.json').write_text(json.dumps(res, indent=1))
+    say(line)
     return res
 
 # %% ../nbs/40_train.ipynb #f6341e87
@@ -160,38 +172,43 @@ def prepare(
     init_bn0:bool=False, # Start residual blocks as nothing? resnet_small does anyway
     seed:int=0, # Seed of weights, order and crops; crops depend on the number of workers too
     workers:int=None, # Loader processes
+    precision:str=None, # 'fp32', 'fp16' (GPU; default there) or 'bf16'
+    compress:str=None, # 'fp16' or 'bf16': send gradients between processes in 16 bits
     out:str=None # Folder for model, history and table; by default runs/DATA-TIME
 )->Callable: # Call it to train
     "Everything before the first step of `train`; `ValueError` or `OSError` says what is wrong with the input"
     stop = None if target_top1 is None and target_top5 is None else TimeToAccuracy(target_top1, target_top5)
     if data not in _default_schedule: _folder(data)
     sched = for_world(get_schedule(schedule or _default_schedule.get(data), epochs))
-    out = Path(out or f'runs/{Path(data).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}')
     if workers is not None and workers<0: raise ValueError(f'`workers` must be 0 or more, got {workers}')
+    precision,row = check_precision(precision),sched.at(0)
+    DDPTrainer(compress) # Says what is wrong with it
+    init_group()
+    out = Path(gather(out or f'runs/{Path(data).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}')[0])
     if (out/'history.csv').exists(): raise ValueError(f'{out} holds an earlier run. Give another `--out`')
-    row = sched.at(0)
     set_seed(seed) # Before the loaders, which draw the seed of their order when they are made
-    dls = get_dls(_data_path(data), row.size, row.bs, row.min_scale, workers)
+    dls = get_dls(rank0_first(_data_path, data), row.size, row.bs, row.min_scale, workers)
     if target_top5 is not None and dls.c<=5: raise ValueError(f'With {dls.c} classes top-5 says nothing: use `--target-top1`')
     arch = arch or ('resnet_small' if data=='photos' else 'resnet50')
     model = get_model(arch, dls.c).to(memory_format=torch.channels_last)
     learn = Learner(dls, zero_init_residual(model) if init_bn0 else model, CrossEntropyLossFlat(), wd=1e-4,
                     opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9),
                     metrics=[accuracy, partial(top_k_accuracy, k=min(5, dls.c))])
+    if precision!='fp32': learn.to_fp16() if precision=='fp16' else learn.add_cb(BF16())
     check_model(learn, sched)
     out.mkdir(parents=True, exist_ok=True)
     _say_start(dls, arch, sched, out)
-    return partial(_run, learn, sched, stop, arch, out)
+    return partial(_run, learn, sched, stop, compress, arch, out)
 
-def _run(learn, sched, stop, arch, out):
+def _run(learn, sched, stop, compress, arch, out):
     log = EpochLog(out/'history.csv')
-    sched.save(out/'schedule.json')
-    if torch.cuda.is_available(): learn.to_fp16()
-    with learn.no_logging(), nullcontext() if sys.stdout.isatty() else learn.no_bar(), warnings.catch_warnings():
+    if not rank_distrib(): sched.save(out/'schedule.json')
+    with learn.ddp(compress=compress), learn.no_logging(), nullcontext() if sys.stdout.isatty() else learn.no_bar(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'All phases train') # Said at the start
         try: learn.fit_phases(sched, cbs=L(log, stop).filter())
-        finally: torch.save(dict(model=learn.model.state_dict(), arch=arch, classes=list(learn.dls.vocab)), out/'model.pth')
-    return _finish(learn, sched, log.rows, stop, out)
+        finally:
+            if not rank_distrib(): torch.save(dict(model=learn.model.state_dict(), arch=arch, classes=list(learn.dls.vocab)), out/'model.pth')
+        return _finish(learn, sched, log.rows, stop, out)
 
 @delegates(prepare)
 def train(**kwargs)->dict: # What `result.json` holds
