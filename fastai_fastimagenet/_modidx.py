@@ -153,6 +153,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fastai_fastimagenet/launch.py'),
                                             'fastai_fastimagenet.launch._check_script': ( 'launch.html#_check_script',
                                                                                           'fastai_fastimagenet/launch.py'),
+                                            'fastai_fastimagenet.launch._code': ('launch.html#_code', 'fastai_fastimagenet/launch.py'),
                                             'fastai_fastimagenet.launch._config': ('launch.html#_config', 'fastai_fastimagenet/launch.py'),
                                             'fastai_fastimagenet.launch._default_nproc': ( 'launch.html#_default_nproc',
                                                                                            'fastai_fastimagenet/launch.py'),

@@ -43,7 +43,7 @@ def _items_digest(ds):
 class DDPTrainer(FitCallback):
     "Train on all processes; `ValueError` names the rank where model, optimizer or data differ. Added by `learn.ddp()`"
     order,run_valid = 11,False # As fastai's `DistributedTrainer`: after all that changes loaders, before bars and logs measure them
-    idle_in = () # It works in `lr_find` too
+    idle_in = () # In `lr_find` it says that this does not work
     def __init__(self,
         compress:str=None, # 'fp16' or 'bf16': send gradients in 16 bits
         sync_bn:bool=False, # Batch norm over all processes' pictures? Needs GPUs
@@ -56,6 +56,9 @@ class DDPTrainer(FitCallback):
         self.compression,self.sync_bn,self.ddp_kwargs = compress,sync_bn,{_sync_buffers:False, **kwargs}
 
     def before_fit(self):
+        if hasattr(self.learn, 'lr_finder'):
+            raise ValueError('fastai\'s `lr_find` keeps the model in one file for all processes, and the first removes it before the others have '
+                             'read it. Call it on one process, with the global batch size or the learning rate scaled to it')
         model,dl = self.learn.model,dl_layers(self.dls.train)[-1]
         check_same({'the model': digest([(n, tuple(p.shape), p.dtype, p.requires_grad) for n,p in model.named_parameters()])[:8],
                     'the number of epochs': self.n_epoch, 'the batch size': getattr(dl, 'bs', None),
@@ -152,7 +155,8 @@ class ExactValidation(Callback):
         if isinstance(self.learn.dl, _Whole): return
         self._combine(*self._metrics())
         preds = getattr(self.learn, 'gather_preds', None)
-        for nm in {'preds','targets','inputs','losses'} & vars(preds).keys() if preds else (): setattr(preds, nm, _in_turn(gather(getattr(preds, nm))))
+        for nm in ('preds','targets','inputs','losses'): # In the same order everywhere
+            if preds and nm in vars(preds): setattr(preds, nm, _in_turn(gather(getattr(preds, nm))))
 
     def _combine(self, avgs, others):
         self._take()
@@ -166,7 +170,7 @@ class ExactValidation(Callback):
         "Let each of `mets` see what all processes predicted"
         outs,bs = _in_turn(gather(self.outs)),self.dl.bs
         idxs = sum(_in_turn([list(chunked(o, bs)) for o in gather(self.dl.idxs)]), [])
-        was = self.learn.xb,self.learn.pred,self.learn.yb,self.learn.loss
+        was = [getattr(self.learn, nm, None) for nm in ('xb','pred','yb','loss')] # A process without a batch has none
         for m in mets:
             m.reset()
             for pred,yb,loss in [_sorted(outs, idxs)] if isinstance(m, AccumMetric) else outs:

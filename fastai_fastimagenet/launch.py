@@ -64,8 +64,9 @@ def _default_nproc(): return torch.cuda.device_count() or 1
 def _first_failure(e):
     "Rank and failure of the process that failed first"
     def when(o):
-        f = o[1].error_file
-        return (1, os.stat(f).st_mtime_ns) if os.path.isfile(f) else (0, o[0])
+        rank,f = o
+        if os.path.isfile(f.error_file): return 1,os.stat(f.error_file).st_mtime_ns
+        return 2 if f.exitcode==-signal.SIGTERM else 0, rank # By SIGTERM the engine ends the rest
     rank,fail = min(e.failures.items(), key=when)
     zero = e.failures.get(0)
     return (0,zero) if zero and _last_line(zero)==_last_line(fail)!='' else (rank,fail) # All failed in the same way
@@ -73,14 +74,16 @@ def _first_failure(e):
 def _traceback(fail): return fail.message['extraInfo']['py_callstack'].strip() if isinstance(fail.message, dict) else ''
 def _last_line(fail): return _traceback(fail).rpartition('\n')[2]
 
+def _code(fail): return fail.exitcode if fail.exitcode>0 else 1 if _traceback(fail) else 128-fail.exitcode
+
 def _why(fail, log_dir):
     "What the process itself left to say, one line on how it ended"
-    if fail.exitcode<0:
+    if fail.exitcode<0 and not _traceback(fail):
         memory = '; the machine may have run out of memory' if fail.exitcode==-signal.SIGKILL else ''
         return '',f'was killed by {signal.Signals(-fail.exitcode).name}{memory}'
     files = list(Path(log_dir).glob(f'*/attempt_0/{fail.local_rank}/stderr.log'))
     said = _traceback(fail) or (files[0].read_text(errors='replace').strip()[-4000:] if files else '')
-    return said,f'ended with exit code {fail.exitcode}'
+    return said,f'ended with exit code {_code(fail)}'
 
 # %% ../nbs/41_launch.ipynb #4ccccdc0
 def _call(payload):
@@ -147,7 +150,7 @@ def _end(e, log_dir, a):
     said,end = _why(fail, log_dir)
     if rank and said: print(f'\nRank {rank}:\n{said}', file=sys.stderr)
     print(f'launch: rank {rank} {end}; the output of the others is in {log_dir}', file=sys.stderr)
-    sys.exit(fail.exitcode if fail.exitcode>0 else 128-fail.exitcode)
+    sys.exit(_code(fail))
 
 # %% ../nbs/41_launch.ipynb #b1763ee6
 if __name__=='__main__' and not IN_NOTEBOOK: main()

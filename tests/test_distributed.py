@@ -1,0 +1,152 @@
+"Training and evaluation on several processes: real ones, over gloo, compared with one"
+import itertools, json, math, os, subprocess, sys
+import psutil, pytest, torch
+from torch import nn
+from procs import here, launcher, run
+
+cases = 'evaluate,evaluate_workers,equal,matrix,options,starts_equal,phases'
+worlds = pytest.mark.parametrize('world', [2,3])
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    "Pictures and a model whose batch norms have seen something"
+    sys.argv[1:],args = ['', str(tmp_path_factory.mktemp('ddp'))],sys.argv[1:]
+    import ddp_cases
+    sys.argv[1:] = args
+    from fastai_fastimagenet.models import resnet_small
+    ddp_cases.pictures(ddp_cases.out/'pictures', 998)
+    torch.manual_seed(0)
+    model = resnet_small(4)
+    for b in model.buffers():
+        if b.dtype.is_floating_point: b.add_(.2*torch.rand_like(b))
+    for p in model.parameters(): p.data.add_(.1*torch.randn_like(p))
+    torch.save(model.state_dict(), ddp_cases.out/'weights.pth')
+    return ddp_cases.out
+
+@pytest.fixture(scope='session')
+def results(folder):
+    "Case -> processes -> what `ddp_cases` found"
+    for world in (1,2,3):
+        start = [sys.executable] if world==1 else [*launcher, '--nproc', world]
+        run(*start, here/'ddp_cases.py', cases+(',refused' if world==2 else ''), folder, timeout=400)
+    return lambda case, world: json.loads((folder/f'{case}_{world}.json').read_text())
+
+@worlds
+@pytest.mark.parametrize('kind', ['plain','rect'])
+@pytest.mark.parametrize('n', [1,2,53,997])
+def test_evaluation_is_exact(results, n, kind, world):
+    "Loss, metrics, predictions to the last bit; every picture once; shares differ by one batch at most"
+    one,many = results('evaluate', 1)[f'{n} {kind}'],results('evaluate', world)[f'{n} {kind}']
+    for k in ('loss','top1','top2','own','auc','preds','targs','losses','right'): assert one[k]==many[k], k
+    assert sum(many['shares'])==n and len(many['shares'])==world
+    batches = [math.ceil(s/16) for s in many['shares']]
+    assert max(batches)-min(batches)<=1
+    assert many['accum']==[n, many['both']], '`AccumMetric` gets all predictions in the order of the data set'
+
+def test_evaluation_counts_something(results):
+    for kind in ('plain','rect'):
+        o = results('evaluate', 1)[f'997 {kind}']
+        assert 0<o['right']<997 and float.fromhex(o['top1'])==pytest.approx(o['right']/997) and o['own'][-1]==16
+    a,b = (results('evaluate', 1)[f'997 {kind}'] for kind in ('plain','rect'))
+    assert a['preds']!=b['preds'] and a['targs']==b['targs']
+
+@worlds
+def test_evaluation_with_workers(results, world):
+    assert results('evaluate_workers', 1)==results('evaluate_workers', world)
+    assert results('evaluate_workers', world)['batch']==16
+
+@worlds
+@pytest.mark.parametrize('how', ['step','accumulate'])
+def test_gradients_equal_one_process(results, folder, world, how):
+    "float64, every trick, through a change of size and batch: gradients of every step and the weights, to 1e-13"
+    results('equal', world)
+    one,many = (torch.load(folder/f'equal_{w}.pth')[how] for w in (1,world))
+    assert one['shapes']==many['shapes'] and {s for _,s in one['shapes']}=={24,32} and {b for b,_ in one['shapes']}=={12,24}
+    assert one['grads'].abs().max()>.01 and len(one['grads'])==(7 if how=='step' else 4)
+    torch.testing.assert_close(many['grads'], one['grads'], rtol=0, atol=1e-13)
+    torch.testing.assert_close(many['weights'], one['weights'], rtol=0, atol=1e-13)
+
+matrix = list(itertools.product(('fit','fit_one_cycle','fine_tune'), ((0,False),(2,False),(2,True)), ('size','batch'), (1,2)))
+
+@pytest.mark.parametrize('method,workers,change,world', matrix)
+def test_matrix(results, method, workers, change, world):
+    "Shapes and steps are those of the table on every process, nobody sees a picture twice, the Learner is left as it was"
+    res = results('matrix', world)[f'{method} {workers[0]} {workers[1]} {change}']
+    expect = {'size':[(8,24),(8,32)], 'batch':[(4,32),(8,32)]}[change]
+    if method=='fine_tune': expect = expect[:1]+expect
+    assert len(res['rows'])==len(expect)
+    for row,(bs,size) in zip(res['rows'], expect):
+        assert row['steps']==40//(bs*world) and row['shapes']==[[bs,3,size,size]]*row['steps']
+    assert res['left']==[2,'TfmdDL',8,[[32,32],32],'Sequential',4] and 0<=res['acc']<=1
+    assert res['unique']==([] if world==1 else [True]*len(expect))
+
+@worlds
+def test_options(results, world):
+    one,many = results('options', 1),results('options', world)
+    plain = many['plain']['loss']
+    assert all(math.isfinite(o['loss']) for o in many.values())
+    assert many['unused']['loss']==pytest.approx(plain, rel=1e-3) and many['static']['change']<1e-3
+    for k in ('fp16','bf16'): assert 0<many[k]['change'] and many[k]['loss']==pytest.approx(plain, rel=.02)
+    assert many['fp16']['change']<many['bf16']['change'], 'bfloat16 has fewer digits'
+    assert many['precision']['loss']!=plain and many['precision']['loss']==pytest.approx(plain, rel=.02)
+    assert one['fp16']['change']==0, 'one process sends nothing'
+
+@worlds
+def test_starts_equal(results, world):
+    "Weights, batch norm and momentum of rank 0 are everybody's; random numbers are not"
+    res = results('starts_equal', world)
+    assert len(set(res['before']))==world
+    for i,same in enumerate((True,True,False,True)):
+        assert len({row[i] for row in res['at_start']})==(1 if same else world)
+    assert res['at_start'][0][0]==res['before'][0] and res['at_start'][0][1::2]==[7,1]
+
+@worlds
+def test_fit_phases(results, folder, world):
+    plain,inside = results('phases', world)
+    assert plain['weights']==inside['weights'] and len(set(plain['weights']))==1 and len(plain['weights'])==world
+    assert plain['rows']==[[24,4],[32,8]]
+    assert len((folder/f'log_{world}_False.csv').read_text().splitlines())==3
+
+def test_refusals_are_said_by_all(results):
+    res = results('refused', 2)
+    a,b = res['said']
+    assert a==b and len(a)==3 and res['same'] and res['cbs']==4
+    for text,o in zip(('`lr_find`','A batch of 80, 40 for each of 2 processes','outer `learn.ddp()`'), a): assert text in o
+
+failures = {'raise':'KeyError: .*rank one is broken', 'exit':'rank one leaves', 'kill':'rank 1 was killed by SIGKILL', 'hang':'lost the other processes',
+            'diverge':'lost the other processes', 'drift':'Rank 1 differs after epoch 0: .*weight is',
+            'other files':'Rank 1 differs at the start: the order of the training files', 'fewer':'Rank 1 differs in evaluation: the number of items is 9 there, 10 on'}
+
+@pytest.mark.parametrize('what', failures)
+def test_nobody_waits_for_ever(folder, what):
+    "Whatever rank 1 does, all end, with an error that says what it was last"
+    import re
+    r = run(*launcher, '--nproc', 2, here/'ddp_failures.py', what, folder, timeout=100, ok=False)
+    assert re.search(failures[what], r.stderr, re.S), r.stderr[-3000:]
+    if what not in ('hang','diverge'): assert re.search(failures[what], r.stderr[-1500:], re.S), r.stderr[-3000:]
+    assert 'came through' not in r.stdout
+    assert not [p for p in psutil.process_iter(['cmdline']) if str(folder) in ' '.join(p.info['cmdline'] or [])]
+
+def test_wrong_options():
+    from fastai.vision.all import DataLoaders, Learner, TfmdDL
+    from fastai_fastimagenet.distributed import DDPTrainer
+    with pytest.raises(ValueError, match='must be None, "fp16" or "bf16", got \'int8\''): DDPTrainer('int8')
+    with pytest.raises(ValueError, match='knows find_unused'): DDPTrainer(find_unused=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match='needs GPUs'): DDPTrainer(sync_bn=True)
+    learn = Learner(DataLoaders(TfmdDL([1.], num_workers=0)), nn.Linear(1,1), nn.MSELoss())
+    learn.add_cb(type('DistributedTrainer', (DDPTrainer,), {})())
+    with pytest.raises(ValueError, match='Use `with learn.ddp\\(\\):` instead'): learn.ddp().__enter__()
+
+def test_sync_bn_comes_and_goes():
+    "Layers are exchanged for the fit and put back with what they learned; the forward pass needs a GPU"
+    from contextlib import ExitStack
+    from fastai_fastimagenet.distributed import _sync_bns
+    model = nn.Sequential(nn.Conv2d(3,4,1), nn.Sequential(nn.BatchNorm2d(4)))
+    bn = model[1][0]
+    with ExitStack() as undo:
+        _sync_bns(model, undo.callback)
+        assert type(model[1][0]) is nn.SyncBatchNorm and model[1][0].weight is bn.weight
+        model[1][0].running_mean.fill_(3)
+        model.eval()
+    assert model[1][0] is bn and bn.running_mean[0]==3 and not bn.training
