@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['launch', 'main']
 
-# %% ../nbs/41_launch.ipynb #72ab9e7d
-import importlib.util, logging, os, signal, socket, sys, tempfile, threading
+# %% ../nbs/41_launch.ipynb #56f6c7df
+import importlib.util, logging, os, shutil, signal, socket, sys, tempfile, threading
 from argparse import ArgumentParser, REMAINDER
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,30 +60,30 @@ def _run(what, args, config):
 
 def _default_nproc(): return torch.cuda.device_count() or 1
 
-# %% ../nbs/41_launch.ipynb #af3e8998
-def _first_failure(e):
-    "Rank and failure of the process that failed first"
+# %% ../nbs/41_launch.ipynb #b5d5cdbe
+def _traceback(fail): return fail.message['extraInfo']['py_callstack'].strip() if isinstance(fail.message, dict) else ''
+
+def _said(fail, log_dir):
+    "What the process itself left to say: its traceback, or the end of its error output"
+    files = list(Path(log_dir).glob(f'*/attempt_0/{fail.local_rank}/stderr.log'))
+    return _traceback(fail) or (files[0].read_text(errors='replace').strip()[-4000:] if files else '')
+
+def _ended(fail):
+    "Exit code, and in words how the process ended"
+    if fail.exitcode>0 or _traceback(fail): return max(1, fail.exitcode),f'ended with exit code {max(1, fail.exitcode)}'
+    memory = '; the machine may have run out of memory' if fail.exitcode==-signal.SIGKILL else ''
+    return 128-fail.exitcode,f'was killed by {signal.Signals(-fail.exitcode).name}{memory}'
+
+def _first_failure(e, log_dir):
+    "Rank, failure, and what was said, of the process that failed first; of several that said the same, rank 0"
     def when(o):
         rank,f = o
         if os.path.isfile(f.error_file): return 1,os.stat(f.error_file).st_mtime_ns
         return 2 if f.exitcode==-signal.SIGTERM else 0, rank # By SIGTERM the engine ends the rest
     rank,fail = min(e.failures.items(), key=when)
-    zero = e.failures.get(0)
-    return (0,zero) if zero and _last_line(zero)==_last_line(fail)!='' else (rank,fail) # All failed in the same way
-
-def _traceback(fail): return fail.message['extraInfo']['py_callstack'].strip() if isinstance(fail.message, dict) else ''
-def _last_line(fail): return _traceback(fail).rpartition('\n')[2]
-
-def _code(fail): return fail.exitcode if fail.exitcode>0 else 1 if _traceback(fail) else 128-fail.exitcode
-
-def _why(fail, log_dir):
-    "What the process itself left to say, one line on how it ended"
-    if fail.exitcode<0 and not _traceback(fail):
-        memory = '; the machine may have run out of memory' if fail.exitcode==-signal.SIGKILL else ''
-        return '',f'was killed by {signal.Signals(-fail.exitcode).name}{memory}'
-    files = list(Path(log_dir).glob(f'*/attempt_0/{fail.local_rank}/stderr.log'))
-    said = _traceback(fail) or (files[0].read_text(errors='replace').strip()[-4000:] if files else '')
-    return said,f'ended with exit code {_code(fail)}'
+    said = _said(fail, log_dir)
+    same = 0 in e.failures and said and _said(e.failures[0], log_dir).rpartition('\n')[2]==said.rpartition('\n')[2]
+    return 0 if same else rank, fail, said
 
 # %% ../nbs/41_launch.ipynb #4ccccdc0
 def _call(payload):
@@ -104,9 +104,8 @@ def launch(
         config = _config(_default_nproc() if nproc is None else nproc, 1, 0, None, logs)
         try: return cloudpickle.loads(_run(_call, [cloudpickle.dumps((f,args,kwargs))], config)[0])
         except ChildFailedError as e:
-            rank,fail = _first_failure(e)
-            said,end = _why(fail, tmp)
-            raise RuntimeError(f'Rank {rank} of {config.nproc_per_node} {end}\n{said}'.strip()) from None
+            rank,fail,said = _first_failure(e, tmp)
+            raise RuntimeError(f'Rank {rank} of {config.nproc_per_node} {_ended(fail)[1]}\n{said}'.strip()) from None
 
 # %% ../nbs/41_launch.ipynb #2e654b20
 def _parser():
@@ -116,7 +115,7 @@ def _parser():
     p.add_argument('--nnodes', type=int, default=1, help='machines')
     p.add_argument('--node_rank', type=int, default=0, help='number of this machine')
     p.add_argument('--rdzv_endpoint', help='HOST:PORT of machine 0, where all meet')
-    p.add_argument('--log_dir', help='keeps the output of all processes but the first; a temporary folder by default')
+    p.add_argument('--log_dir', help='keeps what all processes but the first print; by default a temporary folder, kept if the run fails')
     p.add_argument('-m', action='store_true', dest='module', help='the script is the name of a module')
     p.add_argument('script', help='Python file, or module after -m')
     p.add_argument('args', nargs=REMAINDER, help='arguments of the script')
@@ -143,14 +142,16 @@ def main(argv=None):
     except ChildFailedError as e: _end(e, log_dir, a)
     except SignalException as e: sys.exit(f'launch: stopped by {e.sigval.name}, all processes ended')
     except RuntimeError as e: sys.exit(f'launch: the machines did not meet at {a.rdzv_endpoint}: {str(e).strip().splitlines()[0]}')
+    else:
+        if not a.log_dir: shutil.rmtree(log_dir)
 
 def _end(e, log_dir, a):
     "Show what the first process that failed said, and end as it did"
-    rank,fail = _first_failure(e)
-    said,end = _why(fail, log_dir)
-    if rank and said: print(f'\nRank {rank}:\n{said}', file=sys.stderr)
-    print(f'launch: rank {rank} {end}; the output of the others is in {log_dir}', file=sys.stderr)
-    sys.exit(_code(fail))
+    rank,fail,said = _first_failure(e, log_dir)
+    code,how = _ended(fail)
+    if rank and said: print(f'\nRank {rank}:\n{said}', file=sys.stderr) # Rank 0 has said it already
+    print(f'launch: rank {rank} {how}; the output of the others is in {log_dir}', file=sys.stderr)
+    sys.exit(code)
 
 # %% ../nbs/41_launch.ipynb #b1763ee6
 if __name__=='__main__' and not IN_NOTEBOOK: main()
