@@ -6,10 +6,14 @@ from .recipes import recipes
 from .photos import photos
 from .rect import RectCrop
 from .models import to_any_size, zero_init_residual, resnet_small
+from .group import rank0_first
+from .distributed import DDPTrainer
 from .resize import ProgressiveResize
 from .batchsize import DynamicBatchSize
 from .warmup import LRWarmup, PhaseLR
 from .weight_decay import BNWeightDecayExclusion
 from .rectval import RectValidation, rect_dl
 from .monitor import EpochLog, TimeToAccuracy
+from .precision import BF16
 from .fit import check_model
+from .launch import launch

@@ -161,7 +161,7 @@ def check_state(
 ):
     "`ValueError` that names rank and tensor, if model or optimizer state differ between processes; one number each is compared"
     sums = state_sums(model, opt)
-    if len(set(gather(digest(sums))))>1: check_same(sums, when)
+    if len(set(gather(digest(sums))))>1: check_same({f'the checksum of {k}': v for k,v in sums.items()}, when)
 
 # %% ../nbs/17_group.ipynb #d837e7ad
 @contextmanager
@@ -169,7 +169,7 @@ def lost_peers():
     "Errors inside are recorded for the launcher; those of the network become a `RuntimeError` that says what they mean"
     try: yield
     except Exception as e:
-        if isinstance(e, RuntimeError) and any(o in str(e) for o in ('gloo/','NCCL','ProcessGroup','TCPStore')):
+        if isinstance(e, RuntimeError) and 'lost the other processes' not in str(e) and any(o in str(e) for o in ('gloo/','NCCL','ProcessGroup','TCPStore')):
             try: raise RuntimeError(f'Rank {rank_distrib()} lost the other processes: one of {num_distrib()} ended, hangs or took other '
                                     f'steps than this one. Its own error is the one to look for. Below: {str(e).strip().splitlines()[-1]}') from e
             except RuntimeError as e2: e = e2

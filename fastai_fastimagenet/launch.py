@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['launch', 'main']
 
-# %% ../nbs/41_launch.ipynb #56f6c7df
-import importlib.util, logging, os, shutil, signal, socket, sys, tempfile, threading
+# %% ../nbs/41_launch.ipynb #c97a9c15
+import importlib.util, json, logging, os, shutil, signal, socket, sys, tempfile, threading, traceback
 from argparse import ArgumentParser, REMAINDER
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,36 +60,39 @@ def _run(what, args, config):
 
 def _default_nproc(): return torch.cuda.device_count() or 1
 
-# %% ../nbs/41_launch.ipynb #b5d5cdbe
-def _traceback(fail): return fail.message['extraInfo']['py_callstack'].strip() if isinstance(fail.message, dict) else ''
-
-def _said(fail, log_dir):
-    "What the process itself left to say: its traceback, or the end of its error output"
-    files = list(Path(log_dir).glob(f'*/attempt_0/{fail.local_rank}/stderr.log'))
-    return _traceback(fail) or (files[0].read_text(errors='replace').strip()[-4000:] if files else '')
-
-def _ended(fail):
-    "Exit code, and in words how the process ended"
-    if fail.exitcode>0 or _traceback(fail): return max(1, fail.exitcode),f'ended with exit code {max(1, fail.exitcode)}'
-    memory = '; the machine may have run out of memory' if fail.exitcode==-signal.SIGKILL else ''
-    return 128-fail.exitcode,f'was killed by {signal.Signals(-fail.exitcode).name}{memory}'
+# %% ../nbs/41_launch.ipynb #2a13a4bd
+def _said(log_dir, local_rank):
+    "What a process left to say: its traceback, or the end of its error output"
+    for d in Path(log_dir).glob(f'*/attempt_0/{local_rank}'):
+        if (d/'error.json').exists(): return json.loads((d/'error.json').read_text())['message']['extraInfo']['py_callstack'].strip()
+        if (d/'stderr.log').exists(): return (d/'stderr.log').read_text(errors='replace').strip()[-4000:]
+    return ''
 
 def _first_failure(e, log_dir):
-    "Rank, failure, and what was said, of the process that failed first; of several that said the same, rank 0"
-    def when(o):
-        rank,f = o
-        if os.path.isfile(f.error_file): return 1,os.stat(f.error_file).st_mtime_ns
-        return 2 if f.exitcode==-signal.SIGTERM else 0, rank # By SIGTERM the engine ends the rest
-    rank,fail = min(e.failures.items(), key=when)
-    said = _said(fail, log_dir)
-    same = 0 in e.failures and said and _said(e.failures[0], log_dir).rpartition('\n')[2]==said.rpartition('\n')[2]
-    return 0 if same else rank, fail, said
+    "Rank of the process that failed first (of several that said the same: 0), exit code, how it ended, and what it said"
+    known = sorted(e.failures.items())
+    silent = [o for o in known if not os.path.isfile(o[1].error_file) and o[1].exitcode!=-signal.SIGTERM] # By SIGTERM the engine ends the rest
+    files = sorted(Path(log_dir).glob('*/attempt_0/*/error.json'), key=lambda f: f.stat().st_mtime_ns)
+    if silent or not files: local,code = (silent or known)[0][1].local_rank,(silent or known)[0][1].exitcode
+    else: local,code = int(files[0].parent.name),1
+    said,first_rank = _said(log_dir, local),known[0][0]-known[0][1].local_rank # The first rank of this machine
+    if said and not first_rank and _said(log_dir, 0).rpartition('\n')[2]==said.rpartition('\n')[2]: local = 0
+    memory = '; the machine may have run out of memory' if code==-signal.SIGKILL else ''
+    how = f'ended with exit code {code}' if code>0 else f'was killed by {signal.Signals(-code).name}{memory}'
+    return first_rank+local, code if code>0 else 128-code, how, said
 
-# %% ../nbs/41_launch.ipynb #4ccccdc0
-def _call(payload):
+# %% ../nbs/41_launch.ipynb #eda86dcd
+def _modules(): return [m for m in sys.modules if m.partition('.')[0] in ('fastai','fastai_fastimagenet')]
+
+def _call(modules, payload):
+    for m in modules: importlib.import_module(m) # They give fastai's classes more methods
     from fastai_fastimagenet.group import lost_peers # fastai is not needed to launch, and takes seconds to import
     f,args,kwargs = cloudpickle.loads(payload)
-    with lost_peers(): res = f(*args, **kwargs)
+    try:
+        with lost_peers(): res = f(*args, **kwargs)
+    except Exception: # It is recorded; torch would record it again, later
+        traceback.print_exc()
+        sys.exit(1)
     return cloudpickle.dumps(res) if os.environ['RANK']=='0' else None
 
 def launch(
@@ -102,10 +105,10 @@ def launch(
     with tempfile.TemporaryDirectory() as tmp:
         logs = DefaultLogsSpecs(tmp, redirects=Std.ALL, tee={0:Std.ALL})
         config = _config(_default_nproc() if nproc is None else nproc, 1, 0, None, logs)
-        try: return cloudpickle.loads(_run(_call, [cloudpickle.dumps((f,args,kwargs))], config)[0])
+        try: return cloudpickle.loads(_run(_call, [_modules(), cloudpickle.dumps((f,args,kwargs))], config)[0])
         except ChildFailedError as e:
-            rank,fail,said = _first_failure(e, tmp)
-            raise RuntimeError(f'Rank {rank} of {config.nproc_per_node} {_ended(fail)[1]}\n{said}'.strip()) from None
+            rank,_,how,said = _first_failure(e, tmp)
+            raise RuntimeError(f'Rank {rank} of {config.nproc_per_node} {how}\n{said}'.strip()) from None
 
 # %% ../nbs/41_launch.ipynb #2e654b20
 def _parser():
@@ -147,8 +150,7 @@ def main(argv=None):
 
 def _end(e, log_dir, a):
     "Show what the first process that failed said, and end as it did"
-    rank,fail,said = _first_failure(e, log_dir)
-    code,how = _ended(fail)
+    rank,code,how,said = _first_failure(e, log_dir)
     if rank and said: print(f'\nRank {rank}:\n{said}', file=sys.stderr) # Rank 0 has said it already
     print(f'launch: rank {rank} {how}; the output of the others is in {log_dir}', file=sys.stderr)
     sys.exit(code)

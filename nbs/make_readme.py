@@ -14,7 +14,7 @@ def readme()->str:
     for c in nb.cells:
         if c.cell_type=='code': c.outputs = [o for o in c.outputs if o.get('name')!='stderr' and 'text/plain' in o.get('data', {})]
     text,_ = MarkdownExporter().from_notebook_node(nb)
-    text = re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', text)
+    text = re.sub(r'\]\(([\w.]+\.ipynb)\)', r'](nbs/\1)', text)
     return re.sub(r'\n{3,}', '\n\n', text).strip()+'\n'
 
 if __name__=='__main__': (nbs.parent/'README.md').write_text(readme())
