@@ -45,10 +45,18 @@ class _Fit:
 
 _fits = WeakKeyDictionary()
 
+def _check_many(cbs):
+    names = {type(c).__name__ for c in cbs}
+    if 'DistributedTrainer' in names and not torch.cuda.is_available():
+        raise ValueError("fastai's `distrib_ctx` and `to_distributed` do not work without GPUs. Write `with learn.ddp():` instead")
+    if not {'DDPTrainer','DistributedTrainer'} & names:
+        raise ValueError(f'{num_distrib()} processes run this program, and each would train a model of its own. Write `with learn.ddp():` around the fit')
+
 def _undoing(fit):
     "`fit`, but with all changes of `FitCallback`s undone however it ends"
     @wraps(fit)
     def _inner(self, *args, **kwargs):
+        if num_distrib()>1: _check_many(self.cbs)
         outer,_fits[self] = _fits.get(self),_Fit()
         try: return fit(self, *args, **kwargs)
         finally:

@@ -9,10 +9,11 @@ __all__ = ['DDPTrainer', 'ExactValidation']
 from .core import *
 from .group import *
 from .rank_dl import *
-from contextlib import nullcontext
+from contextlib import redirect_stdout
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
+from fastai import torch_core
 from fastai.basics import *
 from fastai.callback.core import *
 from fastai.callback.progress import *
@@ -33,11 +34,19 @@ def _sync_bns(model, on_exit):
             if isinstance(c, nn.modules.batchnorm._BatchNorm): on_exit(_put_back, m, n, c)
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
+def _state_to_params(opt):
+    "Move what `opt` keeps about each parameter to the device of the parameter"
+    state = getattr(opt, 'opt', opt).state
+    for p in [p for ps in opt.param_lists for p in ps]:
+        for k,v in state.get(p, {}).items():
+            if isinstance(v, Tensor) and v.ndim: state[p][k] = v.to(p.device) # Those without are counters; PyTorch keeps them on the CPU
+
 def _items_digest(ds):
-    "Fingerprint of the names of the files in `ds`, or of its length"
-    items = getattr(ds, 'items', None)
-    files = items is not None and len(items) and isinstance(items[0], (str,Path))
-    return digest([os.path.basename(o) for o in items] if files else len(ds))[:8]
+    "Fingerprint of the items of `ds`: files with their folder, rows of a table, numbers and words; of others their number"
+    items = getattr(ds, 'items', range(len(ds)))
+    if hasattr(items, 'itertuples'): return digest(list(items.itertuples(name=None)))[:8]
+    def name(o): return str(o).replace(os.sep, '/').rsplit('/', 2)[-2:] if isinstance(o, (str,Path)) else o if isinstance(o, (int,float)) else None
+    return digest([name(o) for o in items])[:8]
 
 # %% ../nbs/19_distributed.ipynb #ad63e99a
 class DDPTrainer(FitCallback):
@@ -51,18 +60,21 @@ class DDPTrainer(FitCallback):
     ):
         if compress not in (None, *_compressions): raise ValueError(f'`compress` must be None, "fp16" or "bf16", got {compress!r}')
         if sync_bn and not torch.cuda.is_available(): raise ValueError('`sync_bn` needs GPUs: PyTorch synchronises no batch norm on CPUs')
-        wrong = kwargs.keys() - inspect.signature(DistributedDataParallel).parameters.keys()
-        if wrong: raise ValueError(f'Neither `DDPTrainer` nor `DistributedDataParallel` knows {", ".join(wrong)}')
+        wrong = sorted(kwargs.keys() - inspect.signature(DistributedDataParallel).parameters.keys() | {'module','device_ids'} & kwargs.keys())
+        if wrong: raise ValueError(f'Neither `DDPTrainer` nor `DistributedDataParallel` takes {", ".join(wrong)}')
         self.compression,self.sync_bn,self.ddp_kwargs = compress,sync_bn,{_sync_buffers:False, **kwargs}
+
+    in_fit = property(lambda self: super().in_fit and dist.is_initialized()) # Not in a Learner that was exported and loaded again
 
     def before_fit(self):
         if hasattr(self.learn, 'lr_finder'):
             raise ValueError('fastai\'s `lr_find` keeps the model in one file for all processes, and the first removes it before the others have '
                              'read it. Call it on one process, with the global batch size or the learning rate scaled to it')
         model,dl = self.learn.model,dl_layers(self.dls.train)[-1]
-        check_same({'the model': digest([(n, tuple(p.shape), p.dtype, p.requires_grad) for n,p in model.named_parameters()])[:8],
+        check_same({'the fingerprint of the model': digest([(n, tuple(p.shape), p.dtype, p.requires_grad) for n,p in model.named_parameters()])[:8],
                     'the number of epochs': self.n_epoch, 'the batch size': getattr(dl, 'bs', None),
-                    'the number of training items': len(dl.dataset), 'the order of the training files': _items_digest(dl.dataset)}, 'at the start')
+                    'the number of training items': len(dl.dataset),
+                    'the fingerprint of the training files and their order': _items_digest(dl.dataset)}, 'at the start of a fit')
         self.seed = gather(random.randrange(2**32))[0]
         if rank_distrib(): set_seed(self.seed+rank_distrib()) # Else all processes draw the same crops
         if self.sync_bn: _sync_bns(model, self.on_exit)
@@ -72,13 +84,15 @@ class DDPTrainer(FitCallback):
         self.on_exit(setattr, self.learn, 'model', model)
         self.on_exit(delattr, self, 'wrapped')
         self._send_buffers()
+        _state_to_params(self.opt)
         if len(set(gather(digest(state_sums(model, self.opt)))))>1: self._send_opt()
-        check_state(model, self.opt, 'at the start')
+        check_state(model, self.opt, 'at the start of a fit')
 
     def _send_opt(self):
-        state = [self.opt.state_dict() if not rank_distrib() else None]
+        state = [to_cpu(self.opt.state_dict()) if not rank_distrib() else None]
         dist.broadcast_object_list(state, 0)
         if rank_distrib(): self.opt.load_state_dict(state[0])
+        _state_to_params(self.opt)
 
     def before_train(self):
         self.learn.dl = RankDL(self.learn.dl, train=True, seed=(self.seed+self.epoch)%2**32)
@@ -89,14 +103,20 @@ class DDPTrainer(FitCallback):
         self.learn.model = self.wrapped
 
     def after_pred(self): self.learn.model = self.wrapped.module
-    after_batch = after_pred # When the batch was cancelled before the prediction
+    after_batch = after_epoch = after_pred # When the prediction was cancelled
 
     def _send_buffers(self):
-        for b in self.learn.model.buffers(): dist.broadcast(b, 0)
+        for b in self.learn.model.buffers():
+            dense = b.contiguous()
+            dist.broadcast(dense, 0)
+            if dense is not b: b.copy_(dense)
 
     def after_train(self):
+        self.after_pred()
         self._send_buffers()
         check_state(self.learn.model, self.opt, f'after epoch {self.epoch}')
+
+    def after_fit(self): self._send_buffers() # It may have been cancelled in the middle of an epoch
 
 # %% ../nbs/19_distributed.ipynb #093931a1
 def _in_turn(lists):
@@ -116,18 +136,27 @@ class _Whole(GetAttr):
 # %% ../nbs/19_distributed.ipynb #4b32f80d
 class ExactValidation(Callback):
     "Share evaluation between processes; losses, metrics and predictions are those of one process. Added by `learn.ddp()`"
-    order = -1 # Before `Recorder` (50) reads its metrics and `GatherPredsCallback` (0) its predictions
+    order,_stateattrs = -1,('sums','outs') # Before `Recorder` (50) reads its metrics and `GatherPredsCallback` (0) its predictions
+
+    def __call__(self, event_name):
+        "Do nothing in a Learner that was exported and loaded again"
+        if dist.is_initialized(): return super().__call__(event_name)
 
     def before_validate(self):
         self._start()
-        dl,shared = self.learn.dl,isinstance(self.learn.dl, DataLoader)
+        dl,shared,preds = self.learn.dl,isinstance(self.learn.dl, DataLoader),getattr(self.learn, 'gather_preds', None)
+        if preds and (preds.save_preds is not None or preds.save_targs is not None):
+            raise ValueError('`save_preds` and `save_targs` number the files in each process anew. Call `get_preds` without them, and save what it returns')
         self.learn.dl = RankDL(dl) if shared else _Whole(dl)
-        if shared: check_same({'the number of items': dl.n, 'their files': _items_digest(dl.dataset),
-                               'their order': digest(self.learn.dl.order())[:8]}, 'in evaluation')
+        check_same({'the number of items': dl.n, 'the fingerprint of the files': _items_digest(dl.dataset),
+                    'the fingerprint of their order': digest(self.learn.dl.order())[:8]} if shared else {}, 'in evaluation')
+        check_state(self.learn.model, when='in evaluation')
 
     def before_train(self): self._start()
 
     def _start(self): self.sums,self.outs = [],[]
+
+    def _shared(self): return isinstance(self.learn.dl, RankDL)
 
     def _metrics(self):
         "The metrics that are measured now: averages, others"
@@ -142,17 +171,17 @@ class ExactValidation(Callback):
         for m in avgs: m.reset()
 
     def before_batch(self):
-        if self.iter: self._take()
+        if self.iter and self._shared(): self._take()
 
     def after_batch(self):
-        if len(self.learn.yb) and self._metrics()[1]: self.outs.append(self.learn.to_detach((self.pred, self.learn.yb, self.learn.loss)))
+        if len(self.learn.yb) and self._shared() and self._metrics()[1]: self.outs.append(self.learn.to_detach((self.pred, self.learn.yb, self.learn.loss)))
 
     def after_train(self):
         avgs,others = self._metrics()
         if avgs or others: self._combine(avgs, others)
 
     def after_validate(self):
-        if isinstance(self.learn.dl, _Whole): return
+        if not self._shared(): return
         self._combine(*self._metrics())
         preds = getattr(self.learn, 'gather_preds', None)
         for nm in ('preds','targets','inputs','losses'): # In the same order everywhere
@@ -165,10 +194,12 @@ class ExactValidation(Callback):
             m.reset()
             for total,count in parts: m.total,m.count = m.total+total,m.count+count
         if others: self._replay(others)
+        self._start()
 
     def _replay(self, mets):
         "Let each of `mets` see what all processes predicted"
         outs,bs = _in_turn(gather(self.outs)),self.dl.bs
+        if not outs: return # Data without targets
         idxs = sum(_in_turn([list(chunked(o, bs)) for o in gather(self.dl.idxs)]), [])
         was = [getattr(self.learn, nm, None) for nm in ('xb','pred','yb','loss')] # A process without a batch has none
         for m in mets:
@@ -184,12 +215,25 @@ def _sorted(outs, idxs):
     if find_bs(yb)!=len(idxs): raise RuntimeError(f'{len(idxs)-find_bs(yb)} items were skipped in validation: their places in the data set are unknown. Leave them out beforehand')
     return *nested_reorder((pred,yb), tensor(idxs).argsort()),None
 
-# %% ../nbs/19_distributed.ipynb #6a1b0915
+# %% ../nbs/19_distributed.ipynb #10c3a1cb
+_gather,_inside = torch_core.maybe_gather,[]
+
+def _gather_inside(x, axis=0): return _gather(x, axis) if _inside else x
+
+@contextmanager
+def _joined():
+    torch_core.maybe_gather = _gather_inside
+    _inside.append(True)
+    try: yield
+    finally: _inside.pop()
+
+def _silent(learn): return [learn.no_logging(), learn.no_bar(), redirect_stdout(io.StringIO())]
+
 @patch
 @contextmanager
 @delegates(DDPTrainer)
 def ddp(self:Learner,
-    timeout:float=5, # A process that waits longer than this for the others ends with an error (minutes)
+    timeout:float=None, # A process that waits longer than this for the others ends with an error; 5 by default (minutes)
     **kwargs
 ):
     "Train and evaluate on all processes that a launcher started; the same as without it on one. All of them must call the same methods"
@@ -202,6 +246,5 @@ def ddp(self:Learner,
     with lost_peers():
         if inside or not init_group(timeout): yield self
         else:
-            if torch.cuda.is_available(): self.dls.to(torch.device(local_rank()))
-            with self.added_cbs([trainer, ExactValidation()]), self.no_logging() if rank_distrib() else nullcontext(), \
-                 self.no_bar() if rank_distrib() else nullcontext(): yield self
+            if getattr(getattr(self.dls, 'device', None), 'type', None)=='cuda': self.dls.to(torch.device('cuda', torch.cuda.current_device()))
+            with _joined(), self.added_cbs([trainer, ExactValidation()]), ContextManagers(_silent(self) if rank_distrib() else []): yield self

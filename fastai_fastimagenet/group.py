@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from fastai.basics import *
 
 # %% ../nbs/17_group.ipynb #5d5b1a18
@@ -24,7 +25,7 @@ def local_rank()->int:
 
 def _interface(
     addr:str # Name or IPv4 address
-)->str: # e.g. 'lo' or 'eth0'; None if it cannot be found out
+)->str: # e.g. 'eth0'; None if it cannot be found out, or is the machine's own while there are others
     "Network interface of this machine that leads to `addr`"
     try:
         import fcntl # Not on Windows
@@ -34,16 +35,20 @@ def _interface(
             for _,name in socket.if_nameindex():
                 try: found = fcntl.ioctl(s.fileno(), 0x8915, name.encode().ljust(256, b'\0'))[20:24] # SIOCGIFADDR
                 except OSError: continue # It has no address
-                if found==own: return name
+                if found==own: return None if name=='lo' and num_distrib()>int(os.environ.get('LOCAL_WORLD_SIZE', 0)) else name
     except (ImportError,OSError): pass
 
-# %% ../nbs/17_group.ipynb #872a2a8f
+# %% ../nbs/17_group.ipynb #02353c1a
+_recorded = [] # The exception that was written last
+
 def _record(e):
-    "Leave exception `e` where the launcher looks for it, once"
+    "Leave exception `e` where the launcher looks for it"
     file = os.environ.get('TORCHELASTIC_ERROR_FILE')
-    if not file or os.path.exists(file): return
+    if not file or e in _recorded: return
     error = dict(message=f'{type(e).__name__}: {e}', extraInfo=dict(py_callstack=''.join(traceback.format_exception(e)), timestamp=str(int(time.time()))))
-    Path(file).write_text(json.dumps(dict(message=error)))
+    Path(file+'.part').write_text(json.dumps(dict(message=error)))
+    os.replace(file+'.part', file)
+    _recorded[:] = [e]
 
 @lru_cache(None)
 def _record_errors():
@@ -54,27 +59,31 @@ def _record_errors():
     sys.excepthook = _hook
 
 def _leave():
-    if dist.is_initialized(): dist.destroy_process_group()
+    if dist.is_initialized() and not _recorded: dist.destroy_process_group() # After an error the others may not be there to say goodbye
 
 # %% ../nbs/17_group.ipynb #157a7d5f
 def init_group(
-    timeout:float=5 # A process that waits longer than this for the others gives up (minutes)
+    timeout:float=None # A process that waits longer than this for the others gives up; 5 by default (minutes)
 )->bool: # Are there two processes or more?
     "Join the process group that the launcher describes in the environment, on nccl for GPUs, else gloo; `ValueError` if it describes none"
+    if timeout is not None and (not isinstance(timeout, (int,float)) or timeout<=0):
+        raise ValueError(f'`timeout` must be a number of minutes above 0, got {timeout!r}')
     if num_distrib()<=1: return False
     _record_errors()
-    if dist.is_initialized(): return True
+    if dist.is_initialized():
+        if timeout: _set_pg_timeout(timedelta(minutes=timeout))
+        return True
     missing = [k for k in ('RANK','MASTER_ADDR','MASTER_PORT') if k not in os.environ]
     if missing:
         raise ValueError(f'WORLD_SIZE is {num_distrib()}, but {", ".join(missing)} not set. Start the processes with a launcher: '
                          '`python -m fastai_fastimagenet.launch`, `torchrun` or `accelerate launch`; or unset WORLD_SIZE')
     n_gpus = torch.cuda.device_count()
     if n_gpus and local_rank()>=n_gpus:
-        raise ValueError(f'Process {local_rank()} of this machine has no GPU, there are {n_gpus}. Start {n_gpus} processes per '
-                         'machine, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU')
+        raise ValueError(f'Process {local_rank()} of this machine has no GPU, it sees {n_gpus}. Start {n_gpus} processes per machine; or set '
+                         'LOCAL_RANK=0 if each process sees one of its own; or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU')
     if n_gpus: torch.cuda.set_device(local_rank())
     if name := _interface(os.environ['MASTER_ADDR']): os.environ.setdefault('GLOO_SOCKET_IFNAME', name)
-    dist.init_process_group('cpu:gloo,cuda:nccl' if n_gpus else 'gloo', timeout=timedelta(minutes=timeout))
+    dist.init_process_group('cpu:gloo,cuda:nccl' if n_gpus else 'gloo', timeout=timedelta(minutes=timeout or 5))
     atexit.register(_leave)
     return True
 
@@ -114,14 +123,18 @@ def check_same(
     when:str='' # When this is, for the message
 ):
     "`ValueError`, on every process, that names the ranks at which one of `values` differs from most of the others"
-    ranks = gather(values)
-    for k in dict.fromkeys(k for o in ranks for k in o):
-        vs = [o.get(k) for o in ranks]
+    ranks = gather((when,values))
+    def odd(vs):
         common = Counter(vs).most_common(1)[0][0] # The first of equals: rank 0's
-        odd = [r for r,v in enumerate(vs) if v!=common]
-        if odd:
-            raise ValueError(f'Rank {", ".join(map(str, odd))} differs{when and " "+when}: {k} is {vs[odd[0]]!r} there, {common!r} on the other '
-                             f'{len(vs)-len(odd)}. All processes must run the same code on the same data')
+        return [str(r) for r,v in enumerate(vs) if v!=common],common
+    rs,common = odd([o[0] for o in ranks])
+    if rs: raise ValueError(f'Rank {", ".join(rs)} is {ranks[int(rs[0])][0]}, the others are {common}. All processes must call the same methods')
+    for k in values:
+        vs = [o[1].get(k) for o in ranks]
+        rs,common = odd(vs)
+        if rs:
+            raise ValueError(f'Rank {", ".join(rs)} differs{when and " "+when}: {k} is {vs[int(rs[0])]!r} there, {common!r} elsewhere. '
+                             'All processes must run the same code on the same data, split with the same seed')
 
 # %% ../nbs/17_group.ipynb #9360a877
 _int_types = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
@@ -171,7 +184,7 @@ def lost_peers():
     except Exception as e:
         if isinstance(e, RuntimeError) and 'lost the other processes' not in str(e) and any(o in str(e) for o in ('gloo/','NCCL','ProcessGroup','TCPStore')):
             try: raise RuntimeError(f'Rank {rank_distrib()} lost the other processes: one of {num_distrib()} ended, hangs or took other '
-                                    f'steps than this one. Its own error is the one to look for. Below: {str(e).strip().splitlines()[-1]}') from e
+                                    f'steps than this one. If another rank has an error, that is the cause; else look for code that not all ranks go through. Below: {str(e).strip().splitlines()[-1]}') from e
             except RuntimeError as e2: e = e2
         _record(e)
         raise e

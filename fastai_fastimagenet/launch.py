@@ -29,16 +29,16 @@ def _check_port(endpoint):
     except (OSError,OverflowError) as e:
         raise ValueError(f'Cannot listen at {endpoint}: {getattr(e, "strerror", None) or e}. Take another port; the address must be this machine\'s, that of node 0') from None
 
-def _config(nproc, nnodes, node_rank, endpoint, logs):
+def _meeting(nproc, nnodes, node_rank, endpoint):
+    "Arguments of `LaunchConfig` that say where the processes meet; `ValueError` says what is wrong"
     if nproc<1: raise ValueError(f'`nproc` must be 1 or more, got {nproc}')
     if nnodes<1: raise ValueError(f'`nnodes` must be 1 or more, got {nnodes}')
     if not 0<=node_rank<nnodes: raise ValueError(f'`node_rank` must be from 0 to {nnodes-1} on {nnodes} machine{"s"[:nnodes>1]}, got {node_rank}')
     if nnodes>1 and not endpoint: raise ValueError('Several machines need the address of the first, the same on all: `--rdzv_endpoint HOST:PORT`')
     if endpoint and not node_rank: _check_port(endpoint)
-    meet = (dict(rdzv_backend='static', rdzv_endpoint=endpoint, rdzv_configs=dict(rank=node_rank, timeout=300)) if endpoint else
-            dict(rdzv_backend='c10d', rdzv_endpoint='localhost:0', local_addr='127.0.0.1'))
-    return LaunchConfig(nnodes, nnodes, nproc, run_id='run', max_restarts=0, logs_specs=logs, role='',
-                        log_line_prefix_template='${role_name}', **meet) # The prefix is the role: nothing
+    where = (dict(rdzv_backend='static', rdzv_endpoint=endpoint, rdzv_configs=dict(rank=node_rank, timeout=300)) if endpoint else
+             dict(rdzv_backend='c10d', rdzv_endpoint='localhost:0', local_addr='127.0.0.1'))
+    return dict(min_nodes=nnodes, max_nodes=nnodes, nproc_per_node=nproc, **where)
 
 # %% ../nbs/41_launch.ipynb #4c0819b3
 @contextmanager
@@ -46,40 +46,49 @@ def _quietly(nproc):
     "Silence the log of the engine, share the cores between the processes, put signal handlers back"
     main = threading.current_thread() is threading.main_thread() # Only there can handlers be set, by the engine too
     handlers = [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) if main]
-    threads = os.environ.get('OMP_NUM_THREADS')
+    threads,level = os.environ.get('OMP_NUM_THREADS'),logging.root.manager.disable
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, num_cpus()//nproc)))
     logging.disable(logging.CRITICAL)
     try: yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(level)
         if threads is None: del os.environ['OMP_NUM_THREADS']
-        for s,h in handlers: signal.signal(s, h)
+        for s,h in handlers: signal.signal(s, h or signal.SIG_DFL)
 
-def _run(what, args, config):
-    with _quietly(config.nproc_per_node): return elastic_launch(config, what)(*args)
+def _run(what, args, meeting, log_dir, redirects, tee):
+    "Run command or function `what` in all processes of this machine; streams 0 to 3 of each local rank go to files, to the screen too"
+    logs = DefaultLogsSpecs(log_dir, redirects=redirects, tee=tee)
+    config = LaunchConfig(run_id='run', max_restarts=0, logs_specs=logs, role='', log_line_prefix_template='${role_name}', **meeting) # No prefix
+    with _quietly(meeting['nproc_per_node']): return elastic_launch(config, what)(*args)
 
 def _default_nproc(): return torch.cuda.device_count() or 1
 
-# %% ../nbs/41_launch.ipynb #2a13a4bd
-def _said(log_dir, local_rank):
-    "What a process left to say: its traceback, or the end of its error output"
-    for d in Path(log_dir).glob(f'*/attempt_0/{local_rank}'):
-        if (d/'error.json').exists(): return json.loads((d/'error.json').read_text())['message']['extraInfo']['py_callstack'].strip()
-        if (d/'stderr.log').exists(): return (d/'stderr.log').read_text(errors='replace').strip()[-4000:]
-    return ''
+# %% ../nbs/41_launch.ipynb #9d443ae6
+def _traceback(folder):
+    file = folder/'error.json'
+    return json.loads(file.read_text())['message']['extraInfo']['py_callstack'].strip() if file.exists() else ''
+
+def _stderr(folder):
+    file = folder/'stderr.log'
+    return file.read_text(errors='replace').strip()[-4000:] if file.exists() else ''
 
 def _first_failure(e, log_dir):
     "Rank of the process that failed first (of several that said the same: 0), exit code, how it ended, and what it said"
     known = sorted(e.failures.items())
-    silent = [o for o in known if not os.path.isfile(o[1].error_file) and o[1].exitcode!=-signal.SIGTERM] # By SIGTERM the engine ends the rest
-    files = sorted(Path(log_dir).glob('*/attempt_0/*/error.json'), key=lambda f: f.stat().st_mtime_ns)
-    if silent or not files: local,code = (silent or known)[0][1].local_rank,(silent or known)[0][1].exitcode
-    else: local,code = int(files[0].parent.name),1
-    said,first_rank = _said(log_dir, local),known[0][0]-known[0][1].local_rank # The first rank of this machine
-    if said and not first_rank and _said(log_dir, 0).rpartition('\n')[2]==said.rpartition('\n')[2]: local = 0
+    folders = {int(f.name): f for f in Path(log_dir).glob('*/attempt_0/*') if f.is_dir()}
+    files = sorted((f/'error.json' for f in folders.values() if (f/'error.json').exists()), key=lambda f: f.stat().st_mtime_ns)
+    after = {-signal.SIGTERM} | ({-signal.SIGABRT} if files else set()) # How the engine ends the rest, and NCCL a process that lost the others
+    silent = [f for _,f in known if not _traceback(folders[f.local_rank]) and f.exitcode not in after]
+    if silent or not files:
+        fail = (silent or [known[0][1]])[0]
+        local,code,said = fail.local_rank,fail.exitcode,_stderr(folders[fail.local_rank])
+        if code>0 and said and said==_stderr(folders[0]): local = 0
+    else:
+        local,code,said = int(files[0].parent.name),1,_traceback(files[0].parent)
+        if _traceback(folders[0]).rpartition('\n')[2]==said.rpartition('\n')[2]: local = 0
     memory = '; the machine may have run out of memory' if code==-signal.SIGKILL else ''
     how = f'ended with exit code {code}' if code>0 else f'was killed by {signal.Signals(-code).name}{memory}'
-    return first_rank+local, code if code>0 else 128-code, how, said
+    return known[0][0]-known[0][1].local_rank+local, code if code>0 else 128-code, how, said
 
 # %% ../nbs/41_launch.ipynb #eda86dcd
 def _modules(): return [m for m in sys.modules if m.partition('.')[0] in ('fastai','fastai_fastimagenet')]
@@ -103,12 +112,11 @@ def launch(
 ): # What `f` returned in the first process
     "Call `f(*args, **kwargs)` in `nproc` processes of this machine; `RuntimeError` with the first error if one fails"
     with tempfile.TemporaryDirectory() as tmp:
-        logs = DefaultLogsSpecs(tmp, redirects=Std.ALL, tee={0:Std.ALL})
-        config = _config(_default_nproc() if nproc is None else nproc, 1, 0, None, logs)
-        try: return cloudpickle.loads(_run(_call, [_modules(), cloudpickle.dumps((f,args,kwargs))], config)[0])
+        meeting = _meeting(_default_nproc() if nproc is None else nproc, 1, 0, None)
+        try: return cloudpickle.loads(_run(_call, [_modules(), cloudpickle.dumps((f,args,kwargs))], meeting, tmp, Std.ALL, {0:Std.ALL})[0])
         except ChildFailedError as e:
             rank,_,how,said = _first_failure(e, tmp)
-            raise RuntimeError(f'Rank {rank} of {config.nproc_per_node} {how}\n{said}'.strip()) from None
+            raise RuntimeError(f'Rank {rank} of {meeting["nproc_per_node"]} {how}\n{said}'.strip()) from None
 
 # %% ../nbs/41_launch.ipynb #2e654b20
 def _parser():
@@ -136,23 +144,24 @@ def main(argv=None):
         _check_script(a)
         if a.gpus!='all': os.environ['CUDA_VISIBLE_DEVICES'] = a.gpus
         nproc = a.nproc if a.nproc is not None else _default_nproc() if a.gpus=='all' else len(a.gpus.split(','))
-        log_dir = a.log_dir or tempfile.mkdtemp(prefix='launch_')
-        first = {} if a.node_rank else {0:Std.ERR} # Rank 0 has the screen
-        logs = DefaultLogsSpecs(log_dir, redirects={i: Std.ALL for i in range(nproc) if i or a.node_rank}, tee=first)
-        config = _config(nproc, a.nnodes, a.node_rank, a.rdzv_endpoint, logs)
+        meeting = _meeting(nproc, a.nnodes, a.node_rank, a.rdzv_endpoint)
+        if a.log_dir: Path(a.log_dir).mkdir(parents=True, exist_ok=True)
+        log_dir = tempfile.mkdtemp(prefix='launch_', dir=a.log_dir)
     except (ValueError,OSError) as e: sys.exit(f'launch: {e}')
-    try: _run(sys.executable, ['-u', *(['-m'] if a.module else []), a.script, *a.args], config)
-    except ChildFailedError as e: _end(e, log_dir, a)
-    except SignalException as e: sys.exit(f'launch: stopped by {e.sigval.name}, all processes ended')
-    except RuntimeError as e: sys.exit(f'launch: the machines did not meet at {a.rdzv_endpoint}: {str(e).strip().splitlines()[0]}')
-    else:
-        if not a.log_dir: shutil.rmtree(log_dir)
+    redirects = {i: Std.ALL for i in range(nproc) if i or a.node_rank} # Rank 0 has the screen
+    try: _run(sys.executable, ['-u', *(['-m'] if a.module else []), a.script, *a.args], meeting, log_dir, redirects, {} if a.node_rank else {0:Std.ERR})
+    except ChildFailedError as e:
+        rank,code,how,said = _first_failure(e, log_dir)
+        if rank and said: print(f'\nRank {rank}:\n{said}', file=sys.stderr) # Rank 0 has said it already
+        _end(code, f'rank {rank} {how}', log_dir)
+    except SignalException as e: _end(128+e.sigval, f'stopped by {e.sigval.name}, all processes ended', log_dir)
+    except RuntimeError as e:
+        if not a.rdzv_endpoint: raise
+        _end(1, f'the machines did not meet at {a.rdzv_endpoint}: {str(e).strip().splitlines()[0]}', log_dir)
+    if not a.log_dir: shutil.rmtree(log_dir)
 
-def _end(e, log_dir, a):
-    "Show what the first process that failed said, and end as it did"
-    rank,code,how,said = _first_failure(e, log_dir)
-    if rank and said: print(f'\nRank {rank}:\n{said}', file=sys.stderr) # Rank 0 has said it already
-    print(f'launch: rank {rank} {how}; the output of the others is in {log_dir}', file=sys.stderr)
+def _end(code, why, log_dir):
+    print(f'launch: {why}; what the others said is in {log_dir}', file=sys.stderr)
     sys.exit(code)
 
 # %% ../nbs/41_launch.ipynb #b1763ee6

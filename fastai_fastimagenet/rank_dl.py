@@ -44,7 +44,7 @@ class RankDL(TfmdDL):
             raise ValueError(f'Only fastai loaders can be shared between processes, got {type(dl)}. Use `DataLoader` or `TfmdDL` of fastai.data')
         if dl.n is None or dl.bs is None: raise ValueError('A data set without a length, or a loader without a batch size, cannot be shared between processes')
         self.dl,self.is_train,self.seed = dl,train,seed
-        self.rank,self.world = rank_distrib() if rank is None else rank, num_distrib() if world is None else world
+        self.rank,self.world = rank_distrib() if rank is None else rank, (num_distrib() or 1) if world is None else world
         self.dataset,self.pin_memory,self._device,self.num_workers,self.offs = dl.dataset,dl.pin_memory,dl.device,1,0
         f = dl.fake_l
         self.fake_l = _FakeLoader(self, f.pin_memory, f.num_workers, f.timeout, f.persistent_workers, f.pin_memory_device)

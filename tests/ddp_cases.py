@@ -7,9 +7,7 @@ warnings.simplefilter('ignore')
 from fastai.vision.all import *
 from fastai.callback.training import GradientAccumulation
 from fastai_fastimagenet.all import *
-from fastai_fastimagenet.distributed import DDPTrainer
 from fastai_fastimagenet.group import check_state, gather
-from fastai_fastimagenet.precision import BF16
 from fastai_fastimagenet.rank_dl import RankDL
 
 rank,world,out = rank_distrib(),num_distrib() or 1,Path(sys.argv[2])
@@ -37,8 +35,6 @@ def learner(dls, model=None, metrics=None, loss_func=None, **kwargs):
     return Learner(dls, model or resnet_small(4), loss_func or CrossEntropyLossFlat(), opt_func=sgd, metrics=metrics, path=out, **kwargs)
 
 def sha(*tensors): return hashlib.sha1(b''.join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
-
-def quiet(learn): return learn.no_bar(), learn.no_logging()
 
 class RightByClass(Metric):
     "A metric of its own kind: right answers of each class, and the largest batch"
@@ -77,8 +73,9 @@ def evaluate_workers():
     with learn.ddp(timeout=1), learn.no_bar(), learn.no_logging():
         rect = rect_dl(dls, 32)
         res = dict(plain=float(learn.validate()[0]).hex(), rect=float(learn.validate(dl=rect)[0]).hex())
-        batch = dls.valid.one_batch()
-        res['batch'] = len(learn.get_preds(dl=[batch])[0])
+        batches = list(dls.valid)
+        res['batches'] = float(learn.validate(dl=batches)[0]).hex()
+        res['one batch'] = len(learn.get_preds(dl=batches[:1])[0])
         res['one item'] = learn.predict(dls.valid_ds.items[3])[0]
     return res
 
@@ -195,13 +192,51 @@ def refused():
     "What cannot work says so on every process, and leaves the Learner as it was"
     learn = learner(loaders(out/'pictures', 40, 10, bs=4))
     before,said = sha(*learn.model.parameters()),[]
+    def unequal():
+        with torch.no_grad(): next(learn.model.parameters())[0] += rank
+        try: learn.validate()
+        finally:
+            with torch.no_grad(): next(learn.model.parameters())[0] -= rank
     with learn.no_bar(), learn.no_logging():
         for f in (lambda: learn.lr_find(num_it=10, show_plot=False), lambda: learn.fit(1, cbs=DynamicBatchSize({0:40})),
-                  lambda: learn.get_preds(dl=learn.dls.train), lambda: learn.fit_phases(Schedule([Phase(1, size=32, bs=4, lr=.1)]), compress='fp16')):
+                  lambda: learn.fit_phases(Schedule([Phase(1, size=32, bs=4, lr=.1)]), compress='fp16'),
+                  lambda: learn.get_preds(save_preds=out), unequal, lambda: learn.get_preds() if rank else learn.fit(1)):
             try:
                 with learn.ddp(timeout=1): f()
             except ValueError as e: said.append(str(e).strip())
+        try: learn.fit(1)
+        except ValueError as e: said.append(str(e))
     return dict(said=gather(said), same=before==sha(*learn.model.parameters()), cbs=len(learn.cbs))
+
+class StopAt(Callback):
+    order = 20
+    def __init__(self, ex): self.ex = ex
+    def before_batch(self):
+        if self.training and self.iter==1: raise self.ex
+
+def corners():
+    "What users do besides: cancel, export, tables, data without targets, one process alone"
+    res,models = {},[]
+    files = sorted((out/'pictures').glob('*.jpg'))[:50]
+    table = pd.DataFrame(dict(name=[f.name for f in files], label=[label(f) for f in files], valid=[i>=40 for i in range(50)]))
+    dls = ImageDataLoaders.from_df(table, out/'pictures', valid_col='valid', item_tfms=Resize(32), bs=4, num_workers=0)
+    class WhichModel(Callback):
+        def before_validate(self): models.append(type(self.learn.model).__name__)
+    learn = Learner(dls, resnet_small(4), CrossEntropyLossFlat(), opt_func=Adam, metrics=[accuracy, F1Score(average='macro')], cbs=WhichModel(), path=out)
+    learn.create_opt()
+    for p,*_ in learn.opt.all_params(): learn.opt.state[p]['grad_avg'] = torch.full_like(p, rank+1.)
+    with learn.ddp(timeout=1), learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0., cbs=Callback(before_train=lambda self: res.update(adam=gather(float(self.opt.state[next(self.learn.model.parameters())]['grad_avg'].mean())))))
+        for ex in (CancelTrainException, CancelEpochException, CancelFitException):
+            learn.fit(1, .01, cbs=StopAt(ex), reset_opt=True)
+            res[ex.__name__] = float(learn.validate()[0])
+        res['test_dl'] = gather(sha(learn.get_preds(dl=dls.test_dl(files[:7]))[0]))
+        res['test_dl rows'] = len(learn.get_preds(dl=dls.test_dl(files[:7]))[0])
+        learn.export('exported.pkl')
+    alone = []
+    with learn.no_bar(), learn.no_logging():
+        if not rank: alone = [float(learn.validate()[0]), len(learn.get_preds()[0]), learn.predict(files[0])[0]]
+    return {**res, 'alone':alone, 'models':models}
 
 def phases():
     "A table through fit_phases, inside and outside of learn.ddp()"

@@ -7,6 +7,10 @@ class Misbehave(Callback):
     def __init__(self, what): self.what = what
     def after_batch(self):
         if rank!=1 or not self.training or self.iter!=1: return
+        if self.what=='caught, then raise':
+            try:
+                with self.learn.ddp(compress='zip'): pass
+            except ValueError: raise KeyError('rank one is broken')
         if self.what=='raise': raise KeyError('rank one is broken')
         if self.what=='exit': sys.exit('rank one leaves')
         if self.what=='kill': os.kill(os.getpid(), signal.SIGKILL)
@@ -23,5 +27,6 @@ if __name__=='__main__':
     block = DataBlock((ImageBlock, CategoryBlock(vocab=list(classes))), get_items=lambda o: files[:30+n_valid], get_y=label,
                       splitter=IndexSplitter(range(30, 30+n_valid)), item_tfms=Resize(32))
     learn = Learner(block.dataloaders(folder, bs=4, num_workers=0), resnet_small(4), CrossEntropyLossFlat(), cbs=Misbehave(what), path=folder)
-    with learn.ddp(timeout=.1): learn.fit(1)
+    print('  the last line that all have said', file=sys.stderr, flush=True)
+    with learn.ddp(timeout=.1 if what in ('hang','diverge') else 1): learn.fit(1)
     print('came through')

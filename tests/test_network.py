@@ -1,8 +1,8 @@
 "Two machines: network namespaces with addresses, names and an interface of their own"
-import json, os, signal, subprocess, sys, time
+import json, os, subprocess, sys, time
 from pathlib import Path
-import psutil, pytest, torch
-from procs import here, kill_tree
+import psutil, pytest
+from procs import here, kill_all, start
 from fastai_fastimagenet.phase import Phase
 from fastai_fastimagenet.schedule import Schedule
 
@@ -37,27 +37,23 @@ def machines():
                 for f in (etc/name).iterdir(): f.unlink()
                 (etc/name).rmdir()
 
-def start(machines, port, *args):
+def start_both(port, *args):
     "`torchrun --nnodes 2 ARGS` on both machines"
-    def one(i):
-        name,_ = machines[i]
-        return subprocess.Popen(['ip', 'netns', 'exec', name, torchrun, '--nnodes', '2', '--nproc-per-node', '1', '--node-rank', str(i), '--master-addr',
-                                 machines[0][1], '--master-port', str(port), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return [one(0), one(1)]
+    return [start('ip', 'netns', 'exec', name, torchrun, '--nnodes', 2, '--nproc-per-node', 1, '--node-rank', i, '--master-addr', hosts[0][1],
+                  '--master-port', port, *args) for i,(name,_) in enumerate(hosts)]
 
 def finish(procs, timeout):
     "Output of both machines; killed after `timeout` seconds"
     end = time.monotonic()+timeout
     try: return [p.communicate(timeout=max(1, end-time.monotonic())) for p in procs]
-    finally:
-        for p in procs: kill_tree(p.pid)
+    finally: kill_all(*procs)
 
 def table(path, n_epoch):
     Schedule([Phase(n_epoch, size=32, bs=16, lr=(.02,.1), min_scale=.5), Phase(1, size=48, lr=(.1,0), rect=True)], world=2).save(path)
     return path
 
 def test_the_demo_trains(machines, small_photos, tmp_path):
-    procs = start(machines, 29611, '-m', 'fastai_fastimagenet.train', '--data', small_photos, '--schedule', table(tmp_path/'s.json', 2),
+    procs = start_both(29611, '-m', 'fastai_fastimagenet.train', '--data', small_photos, '--schedule', table(tmp_path/'s.json', 2),
                   '--arch', 'resnet_small', '--workers', '0', '--out', tmp_path/'run')
     (out,err),(out_b,err_b) = finish(procs, 200)
     assert procs[0].returncode==procs[1].returncode==0, err[-3000:]+err_b[-3000:]
@@ -66,7 +62,7 @@ def test_the_demo_trains(machines, small_photos, tmp_path):
 
 def test_a_dead_worker_ends_the_other_machine(machines, small_photos, tmp_path):
     "SIGKILL to the worker of machine 1: both launchers end with an error, and machine 0 says what happened"
-    procs = start(machines, 29612, '-m', 'fastai_fastimagenet.train', '--data', small_photos, '--schedule', table(tmp_path/'s.json', 10_000),
+    procs = start_both(29612, '-m', 'fastai_fastimagenet.train', '--data', small_photos, '--schedule', table(tmp_path/'s.json', 10_000),
                   '--arch', 'resnet_small', '--workers', '0', '--out', tmp_path/'run')
     try:
         end = time.monotonic()+150
@@ -79,12 +75,11 @@ def test_a_dead_worker_ends_the_other_machine(machines, small_photos, tmp_path):
         (_,err),(_,err_b) = finish(procs, 60)
         assert time.monotonic()-began<60 and procs[0].returncode and procs[1].returncode
         assert 'Rank 0 lost the other processes' in err and 'Signal 9 (SIGKILL)' in err_b
-    finally:
-        for p in procs: kill_tree(p.pid)
+    finally: kill_all(*procs)
 
 def test_bytes_on_the_wire(machines, tmp_path):
     "Counters of the interface: fp16 and bf16 send half of fp32, and all are 2*params*bytes*(n-1)/n per step within 5 %"
-    (out,err),_ = finish(start(machines, 29613, here/'ddp_bytes.py', tmp_path/'bytes.json'), 200)
+    (out,err),_ = finish(start_both(29613, here/'ddp_bytes.py', tmp_path/'bytes.json'), 200)
     found = json.loads((tmp_path/'bytes.json').read_text())
     for name,size in (('fp32',4), ('fp16',2), ('bf16',2)):
         assert found[name]/(2*found['params']*size*(2-1)/2)==pytest.approx(1, abs=.05), found
