@@ -134,13 +134,13 @@ def test_exported_learner_predicts(results, folder):
 def test_items_are_told_apart():
     "Same files in another order, also of folders; rows of tables; numbers"
     import pandas as pd
-    from fastai_fastimagenet.distributed import _items_digest
+    from fastai_fastimagenet.rank_dl import items_digest
     class Data(list):
         def __init__(self, items): self.items = items
         def __len__(self): return len(self.items)
     for a,b in ((['x/a/0.jpg','x/b/0.jpg'], ['x/b/0.jpg','x/a/0.jpg']), (pd.DataFrame(dict(a=[1,2])), pd.DataFrame(dict(a=[2,1]))), ([1,2], [2,1]), ([None]*3, [None]*2)):
-        assert _items_digest(Data(a))==_items_digest(Data(a))!=_items_digest(Data(b))
-    assert _items_digest(Data(['/mnt/1/a/0.jpg']))==_items_digest(Data(['/data/2/a/0.jpg'])), 'machines may keep them elsewhere'
+        assert items_digest(Data(a))==items_digest(Data(a))!=items_digest(Data(b))
+    assert items_digest(Data(['/mnt/1/a/0.jpg']))==items_digest(Data(['/data/2/a/0.jpg'])), 'machines may keep them elsewhere'
 
 failures = {'raise':'KeyError: .*rank one is broken', 'exit':'rank one leaves', 'kill':'rank 1 was killed by SIGKILL', 'hang':'lost the other processes',
             'diverge':'lost the other processes', 'drift':'Rank 1 differs after epoch 0: the checksum of 0.0.weight is',
