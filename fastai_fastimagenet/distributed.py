@@ -64,6 +64,7 @@ class DDPTrainer(FitCallback):
             raise ValueError('fastai\'s `lr_find` keeps the model in one file for all processes, and the first removes it before the others have '
                              'read it. Call it on one process, with the global batch size or the learning rate scaled to it')
         model,dl = self.learn.model,dl_layers(self.dls.train)[-1]
+        RankDL(dl) # Says what is wrong with it
         check_same({'the fingerprint of the model': digest([(n, tuple(p.shape), p.dtype, p.requires_grad) for n,p in model.named_parameters()])[:8],
                     'the number of epochs': self.n_epoch, 'the batch size': getattr(dl, 'bs', None),
                     'the number of training items': len(dl.dataset),
