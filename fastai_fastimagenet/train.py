@@ -135,7 +135,7 @@ def _say_start(dls, arch, sched, out):
     if dls.skipped:
         f,e = dls.skipped[0]
         say(f'{len(dls.skipped)} files left out because they cannot be decoded, listed in skipped.txt: {f} ({e}), ...')
-        (out/'skipped.txt').write_text('\n'.join(f'{f}\t{e}' for f,e in dls.skipped))
+        if not rank_distrib(): (out/'skipped.txt').write_text('\n'.join(f'{f}\t{e}' for f,e in dls.skipped))
     if any(sched.changes('data').values()): say(f'All phases train on this folder; the table names copies: {sched.changes("data")}')
     say(sched)
 
@@ -171,7 +171,7 @@ def prepare(
     target_top5:float=None, # Stop when this share is among the first five, e.g. .93
     init_bn0:bool=False, # Start residual blocks as nothing? resnet_small does anyway
     seed:int=0, # Seed of weights, order and crops; crops depend on the number of workers too
-    workers:int=None, # Loader processes
+    workers:int=None, # Loader processes for each training process
     precision:str=None, # 'fp32', 'fp16' (GPU; default there) or 'bf16'
     compress:str=None, # 'fp16' or 'bf16': send gradients between processes in 16 bits
     out:str=None # Folder for model, history and table; by default runs/DATA-TIME
