@@ -181,7 +181,8 @@ def check_state(
 def lost_peers():
     "Errors inside are recorded for the launcher; those of the network become a `RuntimeError` that says what they mean"
     try: yield
-    except Exception as e:
+    except (Exception,SystemExit) as e:
+        if isinstance(e, SystemExit) and not e.code: raise
         if isinstance(e, RuntimeError) and 'lost the other processes' not in str(e) and any(o in str(e) for o in ('gloo/','NCCL','ProcessGroup','TCPStore')):
             try: raise RuntimeError(f'Rank {rank_distrib()} lost the other processes: one of {num_distrib()} ended, hangs or took other '
                                     f'steps than this one. If another rank has an error, that is the cause; else look for code that not all ranks go through. Below: {str(e).strip().splitlines()[-1]}') from e

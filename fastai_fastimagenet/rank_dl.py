@@ -75,6 +75,9 @@ class RankDL(TfmdDL):
 
     def __iter__(self):
         n = 0
+        if not len(self): # Worker processes with nothing to do have been seen to hang
+            self.get_idxs()
+            return
         for n,b in enumerate(super().__iter__(), 1): yield b
         if self.is_train and n!=len(self):
             raise RuntimeError(f'Rank {self.rank} made {n} batches of {len(self)}: items were skipped. In distributed training every '
