@@ -1,0 +1,26 @@
+"Send or receive 40 MB, and print what the meter of this machine saw: `net_meter.py send|receive ADDRESS`"
+import json, os, socket, sys, time
+os.environ.update(WORLD_SIZE='2', LOCAL_WORLD_SIZE='1', RANK=str(int(sys.argv[1]=='receive')), MASTER_ADDR=sys.argv[2])
+from fastai_fastimagenet.meters import NetMeter
+
+n = 40_000_000
+meter = NetMeter()
+if sys.argv[1]=='send':
+    server = socket.create_server((sys.argv[2], 5999))
+    conn,_ = server.accept()
+    before,began = meter.read(),time.perf_counter()
+    meter.gbit_s()
+    conn.sendall(bytes(n))
+    conn.shutdown(socket.SHUT_WR)
+    conn.recv(1) # The other one has it all
+else:
+    for _ in range(600):
+        try: conn = socket.create_connection((sys.argv[2], 5999))
+        except OSError: time.sleep(.1)
+        else: break
+    before,began = meter.read(),time.perf_counter()
+    meter.gbit_s()
+    while conn.recv(1<<20): pass
+    conn.sendall(b'1')
+seconds,rates,after = time.perf_counter()-began,meter.gbit_s(),meter.read()
+print(json.dumps(dict(interface=meter.interface, received=after[0]-before[0], sent=after[1]-before[1], rates=rates, seconds=seconds)))
