@@ -36,4 +36,4 @@ class DynamicBatchSize(ScaleLR):
         bs = at_epoch(self.batch_sizes, self.epoch)
         if bs: [self.change(dl, 'bs', bs) for dl in dl_layers(self.dls.train)]
 
-    def lr_factor(self): return dl_layers(self.dls.train)[-1].bs/self.first_bs if self.scale_lr else 1.
+    def lr_factor(self): return dl_layers(self.learn.dls.train)[-1].bs/self.first_bs if self.scale_lr else 1.

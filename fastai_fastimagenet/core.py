@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from functools import wraps
 from weakref import WeakKeyDictionary
 from fastai.callback.core import *
+from fastai.callback.core import _inner_loop
 from fastai.learner import *
 from fastai.basics import *
 
@@ -61,9 +62,10 @@ def _undoing(fit):
         try: return fit(self, *args, **kwargs)
         finally:
             if _fits[self].lrs is not None: self.opt.set_hyper('lr', _fits[self].lrs) # Scaled when the fit broke off
-            _fits[self].undo.close()
-            if outer is None: del _fits[self]
-            else: _fits[self] = outer
+            try: _fits[self].undo.close()
+            finally:
+                if outer is None: del _fits[self]
+                else: _fits[self] = outer
     _inner.undoes = True
     return _inner
 
@@ -77,7 +79,10 @@ class FitCallback(Callback):
     def __call__(self, event_name):
         "Call the event if this callback has it and the `Learner` is in a fit (not `lr_find`, `validate`, `get_preds`)"
         here = hasattr(type(self), event_name) or event_name in vars(self) or event_name in ('before_fit','after_fit')
-        if here and self.in_fit and not self._nested(event_name): return super().__call__(event_name)
+        if not here or not self.in_fit or self._nested(event_name): return
+        if event_name not in _inner_loop: return super().__call__(event_name)
+        learn = self.learn # fastai asks `self.training`, which looks in the callback, the Learner and the model: slow, several times in each step
+        if self.run and (self.run_train if learn.training else self.run_valid): getattr(self, event_name)()
 
     def _nested(self, event_name):
         "Is this an event of a `learn.validate()` that another callback called inside the fit? It starts with a second `before_fit`"
@@ -115,14 +120,15 @@ class ScaleLR(FitCallback):
     def lr_factor(self)->float: raise NotImplementedError
 
     def before_batch(self):
-        fit,factor = _fits[self.learn],self.lr_factor()
-        lrs = [h['lr'] for h in self.opt.hypers]
+        fit,factor,opt = _fits[self.learn],self.lr_factor(),self.learn.opt
+        if factor==1. and fit.lrs is None: return
+        lrs = [h['lr'] for h in opt.hypers]
         if fit.lrs is None: fit.lrs = lrs
-        self.opt.set_hyper('lr', [lr*factor for lr in lrs])
+        opt.set_hyper('lr', [lr*factor for lr in lrs])
 
     def after_batch(self):
         fit = _fits[self.learn]
-        if fit.lrs is not None: self.opt.set_hyper('lr', fit.lrs)
+        if fit.lrs is not None: self.learn.opt.set_hyper('lr', fit.lrs)
         fit.lrs = None
 
     after_train = after_epoch = after_batch # When another callback ended the epoch in the middle of a batch
