@@ -79,8 +79,9 @@ class DDPTrainer(FitCallback):
         self.on_exit(delattr, self, 'wrapped')
         self._send_buffers()
         _state_to_params(self.opt)
-        if len(set(gather(digest(state_sums(model, self.opt)))))>1: self._send_opt()
-        check_state(model, self.opt, 'at the start of a fit')
+        if len(set(gather(digest(state_sums(model, self.opt)))))>1:
+            self._send_opt()
+            check_state(model, self.opt, 'at the start of a fit')
 
     def _send_opt(self):
         state = [to_cpu(self.opt.state_dict()) if not rank_distrib() else None]
@@ -89,10 +90,10 @@ class DDPTrainer(FitCallback):
         _state_to_params(self.opt)
 
     def before_train(self):
-        self.learn.dl = RankDL(self.learn.dl, train=True, seed=(self.seed+self.epoch)%2**32)
+        if not isinstance(self.learn.dl, RankDL): self.learn.dl = RankDL(self.learn.dl, train=True, seed=(self.seed+self.epoch)%2**32)
 
     def before_batch(self):
-        acc = getattr(self.learn, 'gradient_accumulation', None)
+        acc = vars(self.learn).get('gradient_accumulation')
         self.wrapped.require_backward_grad_sync = acc is None or acc.count+find_bs(self.yb)>=acc.n_acc # Gradients travel when a step follows
         self.learn.model = self.wrapped
 

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['train_share', 'valid_share', 'RankDL', 'items_digest']
 
-# %% ../nbs/17_rank_dl.ipynb #fc5bba6d
+# %% ../nbs/17_rank_dl.ipynb #128de8da
+import signal, zlib
+from torch.utils.data import get_worker_info
 from .group import *
 from fastai.basics import *
 from fastai.data.load import _FakeLoader
@@ -29,6 +31,28 @@ def valid_share(
     "Batches `rank`, `rank+world`, ... of `idxs`"
     return [i for k in range(rank*bs, len(idxs), world*bs) for i in idxs[k:k+bs]]
 
+# %% ../nbs/17_rank_dl.ipynb #b49f5080
+def _seed_each(samps, seed):
+    for i in samps:
+        s = zlib.crc32(f'{seed} {i}'.encode())
+        random.seed(s)
+        np.random.seed(s)
+        torch.default_generator.manual_seed(s)
+        yield i
+
+def _own_random(batches):
+    "`batches`, with the random states outside left as they are while each is made; a worker process has no use for them"
+    if get_worker_info(): yield from batches
+    while True:
+        states = random.getstate(),np.random.get_state(),torch.get_rng_state()
+        try: b = next(batches, None)
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+        if b is None: return
+        yield b
+
 # %% ../nbs/17_rank_dl.ipynb #f10da319
 class RankDL(TfmdDL):
     "The share of one process of what `dl` would give to a single one"
@@ -39,24 +63,38 @@ class RankDL(TfmdDL):
         rank:int=None, # By default this process
         world:int=None, # Processes; by default as many as there are
         train:bool=False, # Parts of global batches? Else whole batches
-        seed:int=0 # Order of a loader that shuffles; the same on all processes
+        seed:int=0, # Of the order, and of what is drawn for each picture in training; the same on all processes
+        done:int=0, # In training: pictures of the epoch that were seen before, by all processes together
+        on_step=noop, # Called after each training step, before the next batch, with the number of pictures done, and: was this the last step?
+        at_first=noop # Called when the first batch is there, before its batch transforms
     ):
         if not isinstance(dl, DataLoader):
             raise ValueError(f'Only fastai loaders can be shared between processes, got {type(dl)}. Use `DataLoader` or `TfmdDL` of fastai.data')
         if dl.n is None or dl.bs is None: raise ValueError('A data set without a length, or a loader without a batch size, cannot be shared between processes')
-        self.dl,self.is_train,self.seed = dl,train,seed
+        self.dl,self.is_train,self.seed,self.done,self.on_step,self.at_first = dl,train,seed,done,on_step,at_first
         self.rank,self.world = rank_distrib() if rank is None else rank, (num_distrib() or 1) if world is None else world
+        self.keeps_last = self.world==1 and not dl.drop_last # A last, smaller batch needs nobody else
         self.dataset,self.pin_memory,self._device,self.num_workers,self.offs = dl.dataset,dl.pin_memory,dl.device,1,0
         f = dl.fake_l
         self.fake_l = _FakeLoader(self, f.pin_memory, f.num_workers, f.timeout, f.persistent_workers, f.pin_memory_device)
-        if train and not len(self):
+        if train and not len(self): # Also when it goes on in the middle
             raise ValueError(f'{self.world} processes with batches of {self.bs} need {self.world*self.bs} training images for one step, '
                              f'there are {self.n}. Use smaller batches or fewer processes')
 
     def __len__(self):
-        if self.is_train: return self.n//(self.bs*self.world)
+        if self.is_train: return round(self.done/self.global_bs)+self.n_left()
         n_batches = self.n//self.bs if self.drop_last else math.ceil(self.n/self.bs)
         return math.ceil(max(0, n_batches-self.rank)/self.world)
+
+    global_bs = property(lambda self: self.bs*self.world)
+
+    def n_left(self)->int:
+        "Training steps that are left"
+        return (self.n-self.done)//self.global_bs + (self._tail()>0)
+
+    def _tail(self):
+        "Size of a last, smaller batch; where the epoch was broken off between two global batches of this size, it leaves no picture out"
+        return (self.n-self.done)%self.global_bs//self.world if self.keeps_last or self.done%self.global_bs else 0
 
     def order(self)->list:
         "The whole data set as one process would go through it, shuffled by `seed`"
@@ -66,31 +104,50 @@ class RankDL(TfmdDL):
             try: idxs = list(self.dl.get_idxs())
             finally: self.dl.rng = rng
         if len(idxs)!=self.n: raise ValueError(f'This {type(self.dl).__name__} says it has {self.n} items, but gives {len(idxs)}: it cannot be shared between processes')
-        return idxs[:self.n//self.bs*self.bs] if self.drop_last else idxs
+        return idxs[:self.n//self.bs*self.bs] if self.drop_last and not self.is_train else idxs
 
     def get_idxs(self):
         "The share of this process; `idxs` keeps it"
-        self.idxs = (train_share if self.is_train else valid_share)(self.order(), self.bs, self.rank, self.world)
+        idxs = self.order()[self.done:]
+        self.idxs = (train_share if self.is_train else valid_share)(idxs, self.bs, self.rank, self.world)
+        if self.is_train and (k := self._tail()): self.idxs += idxs[len(idxs)//self.global_bs*self.global_bs:][self.rank*k:(self.rank+1)*k]
         return self.idxs
 
     def __iter__(self):
         n = 0
-        if not len(self): # Worker processes with nothing to do have been seen to hang
-            self.get_idxs()
-            return
-        for n,b in enumerate(super().__iter__(), 1): yield b
-        if self.is_train and n!=len(self):
-            raise RuntimeError(f'Rank {self.rank} made {n} batches of {len(self)}: items were skipped. In distributed training every '
-                               'process must take the same number of steps; leave out bad items before training')
+        for n,b in enumerate(super().__iter__(), 1):
+            yield b
+            if n<self.n_left(): self.on_step(self.done+n*self.global_bs, False)
+        if not n: self.at_first()
+        if not self.is_train: return
+        if n!=self.n_left():
+            raise RuntimeError(f'Rank {self.rank} made {n} batches of {self.n_left()}: items were skipped. Every process must take '
+                               'the same number of steps; leave out bad items before training')
+        self.on_step(self.n, True)
 
-    def create_batches(self, samps): return self.dl.create_batches(samps)
-    def after_batch(self, b): return self.dl.after_batch(b)
+    def create_batches(self, samps):
+        if not self.is_train: return self.dl.create_batches(samps)
+        return _own_random(self._whole(_seed_each(samps, self.seed)))
+
+    def _whole(self, samps):
+        "All of `samps`: what does not fill a global batch was left out when they were shared"
+        drop_last,self.dl.drop_last = self.dl.drop_last,False
+        try: yield from self.dl.create_batches(samps)
+        finally: self.dl.drop_last = drop_last
+
+    def after_batch(self, b):
+        f,self.at_first = self.at_first,noop
+        f()
+        return self.dl.after_batch(b)
     def before_iter(self): self.dl.before_iter()
     def after_iter(self): self.dl.after_iter()
     def randomize(self): self.dl.randomize()
     def wif(self):
         self.dl.num_workers,self.dl.offs = self.num_workers,self.offs
         self.dl.wif()
+        # A signal to the whole process group must not end the workers before the process that they serve has saved; a minute later it does
+        signal.signal(signal.SIGTERM, lambda *args: signal.alarm(60))
+        if hasattr(signal, 'SIGUSR1'): signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     def to_detach(self, b, cpu=True, gather=True):
         "As fastai's, but what this process computed stays its own: gathered batch by batch, processes with fewer batches would be waited for"
         return to_detach(b, cpu, False)
