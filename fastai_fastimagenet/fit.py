@@ -18,6 +18,7 @@ from .batchsize import *
 from .warmup import *
 from .weight_decay import *
 from .rectval import *
+from .checkpoint import *
 from fastai.basics import *
 
 # %% ../nbs/30_fit.ipynb #e71391a8
@@ -77,6 +78,7 @@ def fit_phases(self:Learner,
     wd:float=None, # Weight decay of all parameters but normalization and biases; the Learner's by default
     reset_opt:bool=False, # Start with a new optimizer?
     start_epoch:int=0, # Epochs to skip
+    resume=None, # Folder of checkpoints: go on from the newest one, and write new ones there
     **ddp # For `learn.ddp()`, which matters when a launcher started several processes: compress='fp16', ...
 )->Schedule: # The table that was carried out
     "Train by `schedule`, but for its column `data`; for another number of processes it is converted by linear scaling"
@@ -88,7 +90,11 @@ def fit_phases(self:Learner,
     has_min_scale = any(hasattr(f, 'min_scale') for f in sizers(self.dls.train))
     if not has_min_scale and len(schedule.changes('min_scale'))>1: warn('No RandomResizedCrop in the DataLoaders: min_scale is ignored')
     if any(schedule.changes('data').values()): warn(f'All phases train on `learn.dls`; the schedule names {schedule.changes("data")}')
+    cbs = L(cbs)
+    if resume: cbs.append(Checkpoint(resume, resume=True))
+    for c in cbs:
+        if isinstance(c, Checkpoint): c.meta = {'schedule':given.to_json(), **c.meta}
     with self.ddp(**ddp):
         check_model(self, schedule)
-        self.fit(schedule.n_epoch, wd=wd, cbs=phase_cbs(schedule, has_min_scale)+list(L(cbs)), reset_opt=reset_opt, start_epoch=start_epoch)
+        self.fit(schedule.n_epoch, wd=wd, cbs=phase_cbs(schedule, has_min_scale)+list(cbs), reset_opt=reset_opt, start_epoch=start_epoch)
     return schedule
