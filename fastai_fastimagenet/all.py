@@ -13,7 +13,9 @@ from .batchsize import DynamicBatchSize
 from .warmup import LRWarmup, PhaseLR
 from .weight_decay import BNWeightDecayExclusion
 from .rectval import RectValidation, rect_dl
-from .monitor import EpochLog, TimeToAccuracy
+from .monitor import EpochLog, TimeToAccuracy, FiniteLoss
+from .tensorboard import TensorBoard
+from .checkpoint import Checkpoint
 from .precision import BF16
 from .fit import check_model
 from .launch import launch

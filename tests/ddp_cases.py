@@ -24,11 +24,11 @@ def pictures(folder, n):
 
 def label(o): return o.stem[-1]
 
-def loaders(folder, n_train=0, n_valid=0, size=32, bs=16, val_bs=None, workers=0, persistent=False, tfms=None):
+def loaders(folder, n_train=0, n_valid=0, size=32, bs=16, workers=0, persistent=False, tfms=None):
     files = sorted(folder.glob('*.jpg'))
     block = DataBlock((ImageBlock, CategoryBlock(vocab=list(classes))), get_items=lambda o: files[:n_train+n_valid], get_y=label,
                       splitter=IndexSplitter(range(n_train, n_train+n_valid)), item_tfms=tfms or Resize(size))
-    return block.dataloaders(folder, bs=bs, val_bs=val_bs or bs, num_workers=workers, persistent_workers=persistent)
+    return block.dataloaders(folder, bs=bs, num_workers=workers, persistent_workers=persistent)
 
 def learner(dls, model=None, metrics=None, loss_func=None, **kwargs):
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9)

@@ -1,7 +1,8 @@
 "Training and evaluation on several processes: real ones, over gloo, compared with one"
-import itertools, json, math, re, sys
+import ctypes, itertools, json, math, re, sys, threading
 import pytest, torch
 from torch import nn
+from fastai_fastimagenet import group
 from procs import here, launcher, run
 
 cases = 'evaluate,evaluate_workers,equal,matrix,options,starts_equal,phases,corners'
@@ -179,3 +180,23 @@ def test_sync_bn_comes_and_goes():
         model[1][0].running_mean.fill_(3)
         model.eval()
     assert model[1][0] is bn and bn.running_mean[0]==3 and not bn.training
+
+@pytest.mark.skipif(sys.platform!='linux', reason='Threads are read from /proc')
+def test_forks_wait_for_running_threads():
+    libc,lock,thread,stop = ctypes.CDLL(None),ctypes.c_int(),ctypes.c_ulong(),threading.Event()
+    python = threading.Thread(target=lambda: [None for _ in iter(stop.is_set, True)]) # Runs, and forks need not wait for it
+    libc.pthread_spin_init(ctypes.byref(lock), 0)
+    libc.pthread_spin_lock(ctypes.byref(lock))
+    libc.pthread_create(ctypes.byref(thread), None, libc.pthread_spin_lock, ctypes.byref(lock)) # Runs, and Python does not know it
+    try:
+        python.start()
+        group._settle(.01) # Not for ever
+        assert group._thread_runs()
+        libc.pthread_spin_unlock(ctypes.byref(lock))
+        group._settle(60)
+        assert not group._thread_runs()
+    finally:
+        libc.pthread_spin_unlock(ctypes.byref(lock))
+        libc.pthread_join(thread, None)
+        stop.set()
+        python.join()

@@ -84,3 +84,11 @@ def test_bytes_on_the_wire(machines, tmp_path):
     for name,size in (('fp32',4), ('fp16',2), ('bf16',2)):
         assert found[name]/(2*found['params']*size*(2-1)/2)==pytest.approx(1, abs=.05), found
     assert found['fp16']/found['fp32']==pytest.approx(.5, abs=.025) and found['bf16']/found['fp32']==pytest.approx(.5, abs=.025)
+
+def test_meter_agrees_with_a_known_transfer(machines):
+    procs = [start('ip', 'netns', 'exec', name, sys.executable, here/'net_meter.py', what, hosts[0][1]) for (name,_),what in zip(hosts, ('send','receive'))]
+    outs = finish(procs, 120)
+    sender,receiver = [json.loads(o.strip().splitlines()[-1]) for o,_ in outs]
+    assert sender['interface']==receiver['interface']=='eth0'
+    for seen,rate,seconds in ((sender['sent'],sender['rates'][1],sender['seconds']), (receiver['received'],receiver['rates'][0],receiver['seconds'])):
+        assert .95<seen/40e6<1.05 and .95<rate*seconds*1e9/8/40e6<1.05

@@ -6,7 +6,8 @@ from PIL import Image
 from fastai_fastimagenet.models import resnet_small
 from fastai_fastimagenet.phase import Phase
 from fastai_fastimagenet.schedule import Schedule
-from fastai_fastimagenet.train import class_of, find_images, main
+from fastai_fastimagenet.folder import class_of, find_images
+from fastai_fastimagenet.train import main
 
 exe = Path(sys.executable).parent/'fastimagenet-train'
 
@@ -50,7 +51,7 @@ def test_learns_and_leaves_everything(small_photos, tmp_path):
     saved = torch.load(out/'model.pth')
     assert resnet_small(len(saved['classes'])).load_state_dict(saved['model'])
     header,*lines = [l for l in r.stdout.splitlines() if l.startswith('     ')]
-    assert header.split()==['epoch','size','bs','lr','train_loss','valid_loss','top1','top5','images_s','minutes'] and len(lines)==12
+    assert header.split()==['epoch','size','bs','lr','train_loss','valid_loss','top1','top5','images_s','lost','minutes'] and len(lines)==12
     assert r.stdout.splitlines()[-1].startswith('final top-1 ') and '\r' not in r.stdout
     assert 'Warning' not in r.stderr
 
@@ -78,7 +79,8 @@ def test_interrupt(tmp_path):
     "Ctrl-C in the middle: one line, and history, table and model up to there"
     data,sched = folder(tmp_path/'d'),table(tmp_path/'s.json', Phase(10_000, size=32, bs=4, lr=.01))
     p = subprocess.Popen([exe, '--data', data, '--schedule', sched, '--arch', 'resnet_small', '--workers', '0', '--out', tmp_path/'o'],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # Shells start jobs in the background with Ctrl-C ignored
     try:
         while not p.stdout.readline().startswith('         1 '): assert p.poll() is None
         for _ in range(6): # A bare `except:` in fastai's Recorder swallows it in 2 of 800 cases
@@ -88,7 +90,7 @@ def test_interrupt(tmp_path):
             break
     finally: p.kill()
     assert p.returncode==1 and len(err.splitlines())==1 and 'interrupted' in err
-    assert {f.name for f in (tmp_path/'o').iterdir()}=={'history.csv','schedule.json','model.pth'}
+    assert {f.name for f in (tmp_path/'o').iterdir()}=={'history.csv','schedule.json','settings.json','machines.json','checkpoints','tensorboard','model.pth'}
 
 def test_odd_files(tmp_path):
     "Gray, CMYK, RGBA and one-channel pictures train; damaged ones are counted and listed"
