@@ -8,11 +8,13 @@ from .rect import RectCrop
 from .models import to_any_size, zero_init_residual, resnet_small
 from .group import rank0_first
 from .distributed import DDPTrainer
+from .memory import AutoMicroBatch, find_batch_size
 from .resize import ProgressiveResize
 from .batchsize import DynamicBatchSize
 from .warmup import LRWarmup, PhaseLR
 from .weight_decay import BNWeightDecayExclusion
 from .rectval import RectValidation, rect_dl
+from .live import LiveView
 from .monitor import EpochLog, TimeToAccuracy, FiniteLoss
 from .tensorboard import TensorBoard
 from .checkpoint import Checkpoint

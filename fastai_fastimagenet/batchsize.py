@@ -7,6 +7,9 @@ __all__ = ['DynamicBatchSize']
 
 # %% ../nbs/21_batchsize.ipynb #c08944b9
 from .core import *
+from .sizing import *
+from .group import *
+from .memory import *
 from fastai.basics import *
 from fastai.callback.core import *
 
@@ -15,10 +18,11 @@ class DynamicBatchSize(ScaleLR):
     "Change the training batch size at the epochs given, and lr with it (arxiv.org/abs/1706.02677)"
     order = 61 # After `ParamScheduler` (60), whose lr is scaled; loaders read the batch size when the epoch starts, later still
     def __init__(self,
-        sizes:dict, # First epoch -> images per process, e.g. {0:128, 6:256}
-        scale_lr:bool=True, # Multiply lr by the batch size in force over that of epoch 0?
+        sizes, # First epoch -> images per process, e.g. {0:128, 6:256}; or 'auto': for each image size the largest that fits into memory
+        scale_lr:bool=True, # Multiply lr by the batch size in force over that of epoch 0? With 'auto', over that of the loader
     ):
-        self.batch_sizes = check_table(sizes, 'sizes', lambda o: isinstance(o, int) and o>0 and o is not True, 'a whole number of images, 1 or more')
+        self.auto = sizes=='auto'
+        self.batch_sizes = {} if self.auto else check_table(sizes, 'sizes', lambda o: isinstance(o, int) and o>0 and o is not True, 'a whole number of images, 1 or more')
         self.scale_lr = scale_lr
 
     def before_fit(self):
@@ -26,14 +30,31 @@ class DynamicBatchSize(ScaleLR):
         if not hasattr(dl, 'bs'):
             raise ValueError('`DynamicBatchSize` needs a fastai `DataLoader`; the batch size of a PyTorch one is fixed')
         world = num_distrib() or 1
+        self.found,self.first_bs = {},at_epoch(self.batch_sizes, 0) or dl.bs # Image size -> images per process
+        if self.auto: return
         biggest = max(self.batch_sizes.values())*world
         if dl.n is not None and (dl.drop_last or world>1) and biggest>dl.n:
             raise ValueError(f'A batch of {biggest}{f", {biggest//world} for each of {world} processes," if world>1 else ""} is larger than the '
                              f'training set of {dl.n} images, so an epoch would have no batch. Use smaller batches')
-        self.first_bs = at_epoch(self.batch_sizes, 0) or dl.bs
 
     def before_epoch(self):
-        bs = at_epoch(self.batch_sizes, self.epoch)
-        if bs: [self.change(dl, 'bs', bs) for dl in dl_layers(self.dls.train)]
+        bs = self._largest() if self.auto else at_epoch(self.batch_sizes, self.epoch)
+        if bs: self._set(bs)
+
+    def _set(self, bs): [self.change(dl, 'bs', bs) for dl in dl_layers(self.dls.train)]
+
+    def _largest(self):
+        "The largest batch at the present image size"
+        size = dl_size(self.dls.train) if sizers(self.dls.train) else 0
+        if size not in self.found:
+            self.found[size] = largest_batch(self.learn)
+            say(f'Largest batch at {size} px: {self.found[size]} images per process')
+        return self.found[size]
+
+    def state_dict(self): return dict(found=self.found) if self.auto else {}
+    def load_state_dict(self, state):
+        if self.auto:
+            self.found = state['found']
+            self.before_epoch()
 
     def lr_factor(self): return dl_layers(self.learn.dls.train)[-1].bs/self.first_bs if self.scale_lr else 1.

@@ -23,6 +23,8 @@ from .models import *
 from .group import *
 from .distributed import *
 from .rectval import *
+from .memory import *
+from .live import *
 from .monitor import *
 from .tensorboard import *
 from .checkpoint import *
@@ -177,7 +179,7 @@ def _run(learn, sched, stop, check, compress, arch, out):
     log = EpochLog(out/'history.csv')
     with learn.ddp(compress=compress), learn.no_logging(), nullcontext() if sys.stdout.isatty() else learn.no_bar(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'All phases train') # Said at the start
-        try: learn.fit_phases(sched, cbs=L(log, stop, check, TensorBoard(out/'tensorboard'), FiniteLoss()).filter())
+        try: learn.fit_phases(sched, cbs=L(log, stop, check, TensorBoard(out/'tensorboard'), LiveView(), AutoMicroBatch(), FiniteLoss()).filter())
         finally:
             if not rank_distrib() and getattr(learn, 'train_iter', 0) and all(p.isfinite().all() for p in learn.model.parameters()): torch.save(dict(model=learn.model.state_dict(), arch=arch, classes=list(learn.dls.vocab)), out/'model.pth')
         return _finish(learn, sched, log.rows, stop, out)
