@@ -13,12 +13,12 @@ import time
 from fastai.basics import *
 from fastai.callback.core import *
 
-# %% ../nbs/25_live.ipynb #cbeb5e2b
+# %% ../nbs/25_live.ipynb #0d79aa3b
 def _work(learn):
     "Work of each epoch: its training, its evaluation (pixels)"
     table = getattr(vars(learn).get('progressive_resize'), 'sizes', {})
     sizes = [at_epoch(table, e) or (dl_size(learn.dls.train) if sizers(learn.dls.train) else 1) for e in range(learn.n_epoch)]
-    n_train,n_valid = (len(getattr(dl, 'dataset', [])) for dl in learn.dls.loaders[:2])
+    n_train,n_valid = [*(getattr(dl_layers(dl)[-1], 'n', None) or len(dl) for dl in learn.dls.loaders), 0][:2]
     return [(s*s*n_train, s*s*n_valid/3) for s in sizes]
 
 def _work_done(work, pos):

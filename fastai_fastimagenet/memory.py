@@ -143,26 +143,31 @@ def _keep_running(model):
     finally:
         for m,momentum,n in old: m.momentum,m.num_batches_tracked = momentum,n
 
-# %% ../nbs/09_memory.ipynb #dbcb2fdd
+# %% ../nbs/09_memory.ipynb #4304e40b
 class AutoMicroBatch(FitCallback):
     "When a step runs out of memory, compute it and those after it in parts"
     order = 62
     def before_fit(self):
         self.parts,self.point = {},None # (Training?, image shape) -> images in a part; where in a step training is, None outside
-        model,one,self.whole = self.learn.model,self.learn._do_one_batch,self.learn.model.forward
-        self.learn._do_one_batch,model.forward = partial(self._one_batch, one),self._in_parts
-        self.on_exit(delattr, self.learn, '_do_one_batch')
-        self.on_exit(delattr, model, 'forward')
+        self.whole = self.learn.model.forward
+        self._replace(self.learn, '_do_one_batch', partial(self._one_batch, self.learn._do_one_batch))
+        self._replace(self.learn.model, 'forward', self._in_parts)
 
-    def _in_parts(self, *xb):
+    def _replace(self, obj, name, method):
+        self.on_exit(*((setattr, obj, name, vars(obj)[name]) if name in vars(obj) else (delattr, obj, name)))
+        setattr(obj, name, method)
+
+    def _in_parts(self, *xb, **kwargs):
         n = self._n_parts() if self.point else 1
-        if n==1: return self.whole(*xb)
+        if n==1: return self.whole(*xb, **kwargs)
         model = self.learn.model
         contexts = lambda: (nullcontext(), _keep_running(model))
-        return to_concat([checkpoint(self.whole, *x, use_reentrant=False, context_fn=contexts) for x in zip(*(t.tensor_split(n) for t in xb))])
+        return to_concat([checkpoint(partial(self.whole, **kwargs), *x, use_reentrant=False, context_fn=contexts) for x in zip(*(t.tensor_split(n) for t in xb))])
 
-    def _key(self): return self.learn.training,self.x.shape[1:]
-    def _n_parts(self): return math.ceil(len(self.x)/self.parts.get(self._key(), len(self.x)))
+    def _shape(self): return tuple(item_find(self.learn.xb).shape[1:])
+    def _key(self): return self.learn.training,self._shape()
+    def _n_parts(self): return math.ceil(self._n()/self.parts[self._key()]) if self.parts and self._key() in self.parts else 1
+    def _n(self): return find_bs(self.learn.xb)
 
     def before_backward(self): self.point = 'backward'
     def after_backward(self): self.point = 'step'
@@ -183,15 +188,16 @@ class AutoMicroBatch(FitCallback):
 
     def _check(self, e):
         "Raise `e` if splitting does not help"
-        where = f'Out of memory in epoch {self.epoch}, batch {self.iter}, with {len(self.x)} images of {tuple(self.x.shape[1:])}'
-        if self._n_parts()>=len(self.x): raise ValueError(f'{where}, even one by one. Use smaller images') from e
+        if not all(isinstance(t, Tensor) for t in self.learn.xb): raise e # Who knows how to split it?
+        where = f'Out of memory in epoch {self.epoch}, batch {self.iter}, with {self._n()} images of {self._shape()}'
+        if self._n_parts()>=self._n(): raise ValueError(f'{where}, even one by one. Use smaller images') from e
         accumulation = vars(self.learn).get('gradient_accumulation')
         if self.point=='step' or self.point=='backward' and ((num_distrib() or 1)>1 or accumulation): raise RuntimeError(
             f'{where}: in the {self.point} of {"several processes" if (num_distrib() or 1)>1 else "gradient accumulation" if accumulation else "the optimizer"} '
             "the batch cannot be computed again. Use smaller batches, e.g. DynamicBatchSize('auto')") from e
 
     def _split(self, at):
-        self.parts[self._key()] = math.ceil(len(self.x)/min(len(self.x), 2*self._n_parts()))
+        self.parts[self._key()] = math.ceil(self._n()/min(self._n(), 2*self._n_parts()))
         self.learn.pred = self.learn.loss = self.learn.loss_grad = None
         if at=='backward':
             for p in self.learn.model.parameters(): p.grad = None
@@ -199,5 +205,5 @@ class AutoMicroBatch(FitCallback):
         if torch.cuda.is_available(): torch.cuda.empty_cache()
 
     def _tell(self):
-        print(f'Out of memory in epoch {self.epoch}, batch {self.iter}: from now on {len(self.x)} images of {tuple(self.x.shape[1:])} are computed in '
+        print(f'Out of memory in epoch {self.epoch}, batch {self.iter}: from now on {self._n()} images of {self._shape()} are computed in '
               f'{self._n_parts()} parts of at most {self.parts[self._key()]}{"; batch norm sees each by itself" if self.learn.training else ""}', flush=True)

@@ -80,6 +80,22 @@ def test_batch_norm_counts_each_part_once():
     learn = fit(Limited(3, True), AutoMicroBatch(), epochs=1)
     assert learn.model.model[1].num_batches_tracked==4*4 and learn.model.model[1].momentum==.1 # 8 images are 4 parts of 2
 
+def test_several_inputs():
+    class Two(Limited):
+        def forward(self, a, b): return super().forward(a)+b
+    items = [(torch.randn(4), torch.randn(1), torch.randn(1)) for _ in range(16)]
+    dls = DataLoaders.from_dsets(items, [], bs=8, num_workers=0, device='cpu')
+    dls.n_inp = 2
+    learn = Learner(dls, Two(3), MSELossFlat())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[AutoMicroBatch(), LiveView()])
+    assert len(learn.recorder.losses)==2 and memory.largest_batch(learn)==3
+
+def test_methods_of_the_instance_come_back():
+    model = Limited(3)
+    mine = model.forward = model.forward
+    learn = fit(model, AutoMicroBatch())
+    assert vars(model)['forward'] is mine and '_do_one_batch' not in vars(learn)
+
 def test_what_cannot_be_split():
     with pytest.raises(ValueError, match='even one by one'): fit(Limited(0), AutoMicroBatch())
     with pytest.raises(RuntimeError, match='gradient accumulation'): fit(InBackward(3), AutoMicroBatch(), GradientAccumulation(16))
