@@ -7,8 +7,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                             'fastai_fastimagenet/batchsize.py'),
                                                'fastai_fastimagenet.batchsize.DynamicBatchSize._largest': ( 'batchsize.html#dynamicbatchsize._largest',
                                                                                                             'fastai_fastimagenet/batchsize.py'),
-                                               'fastai_fastimagenet.batchsize.DynamicBatchSize._set': ( 'batchsize.html#dynamicbatchsize._set',
-                                                                                                        'fastai_fastimagenet/batchsize.py'),
                                                'fastai_fastimagenet.batchsize.DynamicBatchSize.before_epoch': ( 'batchsize.html#dynamicbatchsize.before_epoch',
                                                                                                                 'fastai_fastimagenet/batchsize.py'),
                                                'fastai_fastimagenet.batchsize.DynamicBatchSize.before_fit': ( 'batchsize.html#dynamicbatchsize.before_fit',
