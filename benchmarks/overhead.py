@@ -8,6 +8,7 @@ os.environ['OMP_NUM_THREADS'] = '1'
 import argparse, statistics, tempfile, time, warnings
 warnings.simplefilter('ignore')
 from contextlib import redirect_stdout
+from unittest import mock
 from fastai.vision.all import *
 from fastai_fastimagenet.all import *
 
@@ -37,9 +38,10 @@ def plain(n, bs, folder):
     return run
 
 def fastai_loop(n, bs, folder):
+    "As if this package were not imported: it speeds up the events of a batch"
     learn = learner(loaders(n, bs), metrics=accuracy)
     def run():
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, .01)
+        with mock.patch.object(Learner, '_call_one', Learner._call_one.__wrapped__), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, .01)
     return run
 
 def ours(n, bs, folder):

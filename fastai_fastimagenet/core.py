@@ -42,7 +42,14 @@ def at_epoch(
 # %% ../nbs/00_core.ipynb #f7f6f2e7
 class _Fit:
     "What the `FitCallback`s of one `Learner` share during one fit"
-    def __init__(self): self.undo,self.lrs,self.begun,self.nested = ExitStack(),None,set(),set()
+    def __init__(self): self.undo,self.lrs,self.begun,self.nested,self.cbs,self.who = ExitStack(),None,set(),set(),[],{}
+
+    def called(self, cbs, event_name):
+        "Those of `cbs` that an event of a batch concerns, in their order; found anew only when `cbs` are others than before"
+        if self.cbs!=cbs: self.cbs,self.who = list(cbs),{}
+        if event_name not in self.who:
+            self.who[event_name] = [c for c in L(cbs).sorted('order') if not isinstance(c, FitCallback) or c.has(event_name)]
+        return self.who[event_name]
 
 _fits = WeakKeyDictionary()
 
@@ -69,8 +76,20 @@ def _undoing(fit):
     _inner.undoes = True
     return _inner
 
-_fit = Learner.fit
-Learner.fit = _undoing(_fit.__wrapped__ if hasattr(_fit, 'undoes') else _fit) # Once, also when this module is loaded again
+def _calling(call_one):
+    "`call_one`, but in a fit the events of a batch, several in each step, reach only those whom they concern"
+    in_batch = frozenset(_inner_loop)
+    @wraps(call_one)
+    def _inner(self, event_name):
+        fit = _fits.get(self) if event_name in in_batch else None
+        if fit is None: return call_one(self, event_name)
+        for cb in fit.called(self.cbs.items, event_name): cb(event_name)
+    _inner.undoes = True
+    return _inner
+
+def _once(f): return f.__wrapped__ if hasattr(f, 'undoes') else f # Also when this module is loaded again
+
+Learner.fit,Learner._call_one = _undoing(_once(Learner.fit)),_calling(_once(Learner._call_one))
 
 # %% ../nbs/00_core.ipynb #71cabdec
 class FitCallback(Callback):
@@ -78,11 +97,18 @@ class FitCallback(Callback):
     idle_in = ('lr_finder','gather_preds') # Other callbacks in whose company this one does nothing
     def __call__(self, event_name):
         "Call the event if this callback has it and the `Learner` is in a fit (not `lr_find`, `validate`, `get_preds`)"
-        here = hasattr(type(self), event_name) or event_name in vars(self) or event_name in ('before_fit','after_fit')
+        here = self.has(event_name) or event_name in ('before_fit','after_fit')
         if not here or not self.in_fit or self._nested(event_name): return
         if event_name not in _inner_loop: return super().__call__(event_name)
         learn = self.learn # fastai asks `self.training`, which looks in the callback, the Learner and the model: slow, several times in each step
         if self.run and (self.run_train if learn.training else self.run_valid): getattr(self, event_name)()
+
+    def __setattr__(self, name, value):
+        "Set an attribute; whether it shadows one of the Learner's, which is slow to find out, fastai is asked the first time"
+        if name in vars(self): object.__setattr__(self, name, value)
+        else: super().__setattr__(name, value)
+
+    def has(self, event_name)->bool: return hasattr(type(self), event_name) or event_name in vars(self)
 
     def _nested(self, event_name):
         "Is this an event of a `learn.validate()` that another callback called inside the fit? It starts with a second `before_fit`"
@@ -114,21 +140,27 @@ def epoch_pos(
     return round(learn.pct_train*learn.n_epoch, 9)
 
 # %% ../nbs/00_core.ipynb #e3e820e0
+def _lrs_of(opt):
+    "Where `opt` keeps its learning rates: the dictionaries, and the key"
+    return (opt.opt.param_groups, opt.bwd_map['lr']) if isinstance(opt, OptimWrapper) else (opt.hypers, 'lr')
+
 class ScaleLR(FitCallback):
     "Multiply the learning rate in force by `lr_factor()` in each training step"
     order,run_valid = 61,False # After `ParamScheduler` (60), which sets the value that is scaled
     def lr_factor(self)->float: raise NotImplementedError
 
     def before_batch(self):
-        fit,factor,opt = _fits[self.learn],self.lr_factor(),self.learn.opt
+        fit,factor = _fits[self.learn],self.lr_factor()
         if factor==1. and fit.lrs is None: return
-        lrs = [h['lr'] for h in opt.hypers]
-        if fit.lrs is None: fit.lrs = lrs
-        opt.set_hyper('lr', [lr*factor for lr in lrs])
+        groups,k = _lrs_of(self.learn.opt)
+        if fit.lrs is None: fit.lrs = [g[k] for g in groups]
+        for g in groups: g[k] = g[k]*factor
 
     def after_batch(self):
         fit = _fits[self.learn]
-        if fit.lrs is not None: self.learn.opt.set_hyper('lr', fit.lrs)
+        if fit.lrs is None: return
+        groups,k = _lrs_of(self.learn.opt)
+        for g,lr in zip(groups, fit.lrs): g[k] = lr
         fit.lrs = None
 
     after_train = after_epoch = after_batch # When another callback ended the epoch in the middle of a batch

@@ -63,7 +63,7 @@ def memory_gb()->dict: # 10**9 bytes
     "Memory of this process: `rss_gb`; on a GPU also what PyTorch has `allocated_gb`, the most it had, `max_allocated_gb`, and `cached_gb`"
     try: res = dict(rss_gb=int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')/1e9)
     except (OSError,AttributeError): res = {} # Not Linux
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized(): # Asking whether there is a GPU takes longer than all the rest
         res.update(allocated_gb=torch.cuda.memory_allocated()/1e9, max_allocated_gb=torch.cuda.max_memory_allocated()/1e9,
                    cached_gb=torch.cuda.memory_reserved()/1e9)
     return res

@@ -33,22 +33,27 @@ def valid_share(
 
 # %% ../nbs/17_rank_dl.ipynb #b49f5080
 def _seed_each(samps, seed):
+    seed_python,seed_numpy,seed_torch = random.seed,np.random.seed,torch.default_generator.manual_seed
+    base = zlib.crc32(b'%d ' % seed)
     for i in samps:
-        s = zlib.crc32(f'{seed} {i}'.encode())
-        random.seed(s)
-        np.random.seed(s)
-        torch.default_generator.manual_seed(s)
+        s = zlib.crc32(b'%d' % i, base)
+        seed_python(s)
+        seed_numpy(s)
+        seed_torch(s)
         yield i
 
 def _own_random(batches):
     "`batches`, with the random states outside left as they are while each is made; a worker process has no use for them"
     if get_worker_info(): yield from batches
+    own = np.random.MT19937()
     while True:
-        states = random.getstate(),np.random.get_state(),torch.get_rng_state()
-        try: b = next(batches, None)
+        states = random.getstate(),np.random.get_bit_generator(),torch.get_rng_state()
+        try:
+            np.random.set_bit_generator(own) # NumPy's state would take ten times as long to save and to set
+            b = next(batches, None)
         finally:
             random.setstate(states[0])
-            np.random.set_state(states[1])
+            np.random.set_bit_generator(states[1])
             torch.set_rng_state(states[2])
         if b is None: return
         yield b
