@@ -277,6 +277,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fastai_fastimagenet/live.py'),
                                           'fastai_fastimagenet.live.LiveView.before_train': ( 'live.html#liveview.before_train',
                                                                                               'fastai_fastimagenet/live.py'),
+                                          'fastai_fastimagenet.live.LiveView.minutes_left': ( 'live.html#liveview.minutes_left',
+                                                                                              'fastai_fastimagenet/live.py'),
                                           'fastai_fastimagenet.live._work': ('live.html#_work', 'fastai_fastimagenet/live.py'),
                                           'fastai_fastimagenet.live._work_done': ('live.html#_work_done', 'fastai_fastimagenet/live.py'),
                                           'fastai_fastimagenet.live.minutes_to': ('live.html#minutes_to', 'fastai_fastimagenet/live.py')},

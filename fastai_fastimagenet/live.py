@@ -68,9 +68,13 @@ class LiveView(FitCallback):
             if not bar: say(f'epoch {self.epoch}, step {learn.iter+1} of {learn.n_iter}: loss {float(learn.recorder.smooth_loss.value):.4f}, {self.text}')
         if bar and self.text: bar.comment = f'{bar.comment}, {self.text}'
 
-    def _text(self, now):
+    def minutes_left(self)->float:
+        "Until the end of the fit, if work goes on at the pace so far; work is counted in pixels"
         done = _work_done(self.work, epoch_pos(self.learn))
-        left = (sum(map(sum, self.work))-done)*(now-self.began)/(done-self.done_before)/60
+        return (sum(map(sum, self.work))-done)*(time.perf_counter()-self.began)/(done-self.done_before)/60
+
+    def _text(self, now):
+        left = self.minutes_left()
         return ', '.join([f'{self.n_images/(now-self.shown_at):.0f} images/s', f'{left:.1f} min left', *self._targets(left)])
 
     def _targets(self, left):

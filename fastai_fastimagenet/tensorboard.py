@@ -81,7 +81,9 @@ class TensorBoard(FitCallback):
         rows = getattr(vars(self.learn).get('epoch_log'), 'rows', [])
         if not self.writer or not rows or rows[-1]['epoch']!=self.epoch: return
         parts = {k[:-2]: v for k,v in rows[-1].items() if k.endswith('_s') and k!='images_s'}
-        self._write({'times/minutes':rows[-1]['minutes'], **{f'stalls/{k}': v/sum(parts.values()) for k,v in parts.items()}})
+        live,minutes = vars(self.learn).get('live_view'),rows[-1]['minutes']
+        self._write({'times/minutes':minutes, **({'times/minutes_predicted':minutes+live.minutes_left()} if live else {}), # Those of the whole fit
+                     **{f'stalls/{k}': v/sum(parts.values()) for k,v in parts.items()}})
         self.writer.flush()
 
     def state_dict(self): return dict(n_seen=self.n_seen)

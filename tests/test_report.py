@@ -3,6 +3,9 @@ import html.parser, io, json, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from fastai.vision.all import ImageDataLoaders, Learner, Resize, accuracy
+from fastai.callback.tensorboard import TensorBoardCallback
+from fastai_fastimagenet.all import TensorBoard, resnet_small
 from fastai_fastimagenet.phase import Phase
 from fastai_fastimagenet.schedule import Schedule
 from procs import run
@@ -34,10 +37,20 @@ def test_tensorboard_has_every_tag(runs):
     events = EventAccumulator(str(runs[0]/'tensorboard')).Reload()
     tags = set(events.Tags()['scalars'])
     assert {'losses/xent','losses/train_1','losses/train_5','losses/test_1','losses/test_5','sizes/lr','sizes/batch','sizes/image','sizes/world','times/step',
-            'times/data','times/eval_sec','net/recv_gbit','net/transmit_gbit','memory/rss_gb','epoch','times/images_s','stalls/data','stalls/compute'} <= tags
+            'times/data','times/eval_sec','net/recv_gbit','net/transmit_gbit','memory/rss_gb','epoch','times/images_s','stalls/data','stalls/compute',
+            'times/minutes','times/minutes_predicted'} <= tags
     rows = pd.read_csv(runs[0]/'history.csv')
     assert [e.value for e in events.Scalars('losses/test_1')]==pytest.approx(list(100*rows.top1), abs=1e-4)
     assert [e.step for e in events.Scalars('losses/test_1')]==[400,800] and events.Scalars('sizes/image')[-1].value==48
+    assert events.Scalars('times/minutes_predicted')[-1].value==pytest.approx(rows.minutes.iloc[-1], rel=.01) # At the end nothing is left
+
+def test_beside_the_tensorboard_of_fastai(small_photos, tmp_path):
+    "Two writers, two folders: each has its own tags"
+    dls = ImageDataLoaders.from_folder(small_photos, valid='val', bs=40, item_tfms=Resize(32), num_workers=0)
+    learn = Learner(dls, resnet_small(20, 4), metrics=accuracy)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[TensorBoard(tmp_path/'ours', every=5), TensorBoardCallback(tmp_path/'theirs', trace_model=False, log_preds=False)])
+    ours,theirs = [set(EventAccumulator(str(tmp_path/d)).Reload().Tags()['scalars']) for d in ('ours','theirs')]
+    assert {'losses/xent','losses/test_1'} <= ours and {'train_loss','accuracy'} <= theirs and not ours & theirs
 
 def test_parts_are_the_time(runs):
     rows = pd.read_csv(runs[0]/'history.csv')
