@@ -112,7 +112,7 @@ def _accuracy(ax, runs, vs_dawn):
     ax.legend(fontsize=7)
 
 def _steps(ax, runs, column, label):
-    for i,r in enumerate(runs): ax.step(r.rows.epoch, r.rows[column], where='post', color=f'C{i}', label=r.name)
+    for i,r in enumerate(runs): ax.stairs(r.rows[column], [*r.rows.epoch, r.rows.epoch.iloc[-1]+1], baseline=None, color=f'C{i}', label=r.name)
     ax.set(xlabel='epoch', ylabel=label, ylim=(0,None))
 
 def _stalls(ax, run):
@@ -122,7 +122,7 @@ def _stalls(ax, run):
         left += run.rows[f'{k}_s']
     ax.set(xlabel='seconds', ylabel='epoch', title=run.name)
     ax.invert_yaxis()
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1,1))
 
 def figures(
     runs:list, # From `load_run`
