@@ -191,7 +191,6 @@ class Checkpoint(FitCallback):
         state = plain_copy(dict(epoch=self.epoch, done=done, world=self.world, seed=self.seed, pct_train=self.learn.pct_train, train_iter=self.learn.train_iter,
             identity=self.identity, model=self.learn.model.state_dict(), opt={n: dict(s) for n,p in named if (s := opt_state(self.opt).get(p))},
             hypers=self._hypers(), recorder=recorder_state(self.recorder), cbs={n: c.state_dict() for n,c in self._stateful().items()}, rng=rng))
-        if not all(t.isfinite().all() for t in state['model'].values() if isinstance(t, Tensor)): return # Of no use to anyone
         self._join()
         self.writer = threading.Thread(target=self._write, args=(state, file))
         self.writer.start()
@@ -202,6 +201,7 @@ class Checkpoint(FitCallback):
         return {k: [h[k] for h in hs] for k,v in hs[0].items() if isinstance(v, (int,float)) and all(k in h for h in hs)}
 
     def _write(self, state, file):
+        if not all(t.isfinite().all() for t in state['model'].values() if isinstance(t, Tensor)): return # Of no use to anyone
         try:
             write_checkpoint(state, file)
             self.file = file
