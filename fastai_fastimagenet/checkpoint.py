@@ -86,7 +86,7 @@ class Checkpoint(FitCallback):
         self.file,self.stopped = None,0.
         cannot = [type(c).__name__ for c in self.learn.cbs if isinstance(c, TrackerCallback) or type(c).__name__=='DistributedTrainer']
         if cannot: raise ValueError(f'`Checkpoint` cannot go on with {", ".join(cannot)} of fastai, which forgets what it has seen; for many processes use `learn.ddp()`')
-        self.identity = dict(model={n: list(getattr(t, 'shape', [])) for n,t in self.learn.model.state_dict().items()}, n_epoch=self.n_epoch,
+        self.identity = dict(optimizer=opt_kind(self.opt), model={n: list(getattr(t, 'shape', [])) for n,t in self.learn.model.state_dict().items()}, n_epoch=self.n_epoch,
                              data=items_digest(dl_layers(self.dls.train)[-1].dataset), meta=self.meta)
         self.start = self._load() if self.resume else self._new()
         self.signals,self.saved_at = _Signals(self.on_exit),time.monotonic()
@@ -107,9 +107,7 @@ class Checkpoint(FitCallback):
         self.seed = state['seed']
         self.learn.model.load_state_dict(state['model'])
         named = dict(self.learn.model.named_parameters())
-        fused = any(g.get('fused') or g.get('capturable') for g in getattr(getattr(self.opt, 'opt', None), 'param_groups', []))
-        for n,s in state['opt'].items(): # PyTorch keeps counters on the CPU, unless it is fused
-            opt_state(self.opt)[named[n]] = {k: v.to(named[n].device) if isinstance(v, Tensor) and (v.ndim or fused) else v for k,v in s.items()}
+        set_opt_state(self.opt, {named[n]: s for n,s in state['opt'].items()})
         self.learn.add_cb(skip := SkipToEpoch(state['epoch']))
         self.on_exit(self.learn.remove_cb, skip)
         return state

@@ -8,6 +8,7 @@ __all__ = ['DDPTrainer']
 # %% ../nbs/19_distributed.ipynb #48977afd
 from .core import *
 from .group import *
+from .state import *
 from .rank_dl import *
 from .exact import *
 from contextlib import redirect_stdout
@@ -33,13 +34,6 @@ def _sync_bns(model, on_exit):
         for n,c in m.named_children():
             if isinstance(c, nn.modules.batchnorm._BatchNorm): on_exit(_put_back, m, n, c)
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-def _state_to_params(opt):
-    "Move what `opt` keeps about each parameter to the device of the parameter"
-    state = getattr(opt, 'opt', opt).state
-    for p in [p for ps in opt.param_lists for p in ps]:
-        for k,v in state.get(p, {}).items():
-            if isinstance(v, Tensor) and v.ndim: state[p][k] = v.to(p.device) # Those without are counters; PyTorch keeps them on the CPU
 
 # %% ../nbs/19_distributed.ipynb #ad63e99a
 class DDPTrainer(FitCallback):
@@ -78,7 +72,7 @@ class DDPTrainer(FitCallback):
         self.on_exit(setattr, self.learn, 'model', model)
         self.on_exit(delattr, self, 'wrapped')
         self._send_buffers()
-        _state_to_params(self.opt)
+        set_opt_state(self.opt, dict(opt_state(self.opt)))
         if len(set(gather(digest(state_sums(model, self.opt)))))>1:
             self._send_opt()
             check_state(model, self.opt, 'at the start of a fit')
@@ -87,7 +81,7 @@ class DDPTrainer(FitCallback):
         state = [to_cpu(self.opt.state_dict()) if not rank_distrib() else None]
         dist.broadcast_object_list(state, 0)
         if rank_distrib(): self.opt.load_state_dict(state[0])
-        _state_to_params(self.opt)
+        set_opt_state(self.opt, dict(opt_state(self.opt)))
 
     def before_train(self):
         if not isinstance(self.learn.dl, RankDL): self.learn.dl = RankDL(self.learn.dl, train=True, seed=(self.seed+self.epoch)%2**32)

@@ -86,7 +86,7 @@ def _put_back(learn):
         model.train(was_training)
         model.load_state_dict(saved)
         states.clear()
-        states.update({p: {k: v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in s.items()} for p,s in old.items()})
+        set_opt_state(opt, old)
         for p,g in grads.items(): p.grad = g
 
 # %% ../nbs/09_memory.ipynb #3966d38d

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plain_copy', 'write_checkpoint', 'read_checkpoint', 'check_run', 'checkpoint_pos', 'checkpoints', 'opt_state',
-           'rng_state', 'set_rng_state', 'recorder_state', 'set_recorder_state']
+           'opt_kind', 'set_opt_state', 'rng_state', 'set_rng_state', 'recorder_state', 'set_recorder_state']
 
 # %% ../nbs/07_state.ipynb #a7caa59d
 from fastai.basics import *
@@ -47,11 +47,11 @@ def read_checkpoint(
     if not isinstance(state, dict) or state.get('format')!=_format: raise ValueError(f'{file} is no checkpoint of this version of fastai_fastimagenet')
     return state
 
-_others = dict(model='another model', n_epoch='a fit of another number of epochs', data='other training pictures', meta='other settings or another table')
+_others = dict(model='another model', optimizer='another optimizer', n_epoch='a fit of another number of epochs', data='other training pictures', meta='other settings or another table')
 
 def check_run(
     file, # For the message
-    theirs:dict, # 'model', 'n_epoch', 'data', 'meta' of the checkpoint
+    theirs:dict, # 'model', 'optimizer', 'n_epoch', 'data', 'meta' of the checkpoint
     ours:dict # The same of the fit that is to go on
 ):
     "`ValueError` if a checkpoint belongs to another fit"
@@ -76,6 +76,21 @@ def opt_state(
 )->dict: # Parameter -> what the optimizer keeps about it
     "The state of `opt`, or of PyTorch's optimizer inside it"
     return getattr(opt, 'opt', opt).state
+
+def opt_kind(
+    opt # fastai's `Optimizer` or `OptimWrapper`
+)->list: # Names: the class of the optimizer, and what fastai's own is made of
+    "What kind of optimizer `opt` is; only one of the same kind can use its state"
+    o = getattr(opt, 'opt', opt)
+    return [type(o).__name__, *(getattr(f, '__name__', type(f).__name__) for f in getattr(o, 'cbs', []))]
+
+def set_opt_state(
+    opt, # fastai's `Optimizer` or `OptimWrapper`
+    states:dict # Parameter -> what an optimizer of the same kind kept about it; on any device
+):
+    "Let `opt` know `states`, on the devices of the parameters; PyTorch keeps counters on the CPU, unless the optimizer is fused"
+    fused = any(g.get('fused') or g.get('capturable') for g in getattr(getattr(opt, 'opt', None), 'param_groups', []))
+    for p,s in states.items(): opt_state(opt)[p] = {k: v.to(p.device) if isinstance(v, Tensor) and (v.ndim or fused) else v for k,v in s.items()}
 
 def rng_state()->dict:
     "Random states of this process, in plain values"
