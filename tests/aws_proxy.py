@@ -175,9 +175,10 @@ class State:
     def vanish(self, i):
         "Interfaces go with the instance, and addresses become free"
         b = i.ec2_backend
-        for e in [e for e in b.enis.values() if e.instance is i]: del b.enis[e.id]
+        gone = [e for e in b.enis.values() if e.instance is i]
+        for e in gone: del b.enis[e.id]
         for a in b.addresses:
-            if a.instance is i: a.instance = a.eni = a.association_id = None
+            if a.instance is i or a.eni in gone: a.instance = a.eni = a.association_id = None
         i.nics[0].public_ip = None # moto wants to describe it
 
     @contextmanager
