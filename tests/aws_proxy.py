@@ -284,15 +284,16 @@ class State:
         b,ids = self.backend(call.region),call.many('InstanceId')
         with self.unseen(call.region):
             going = [i for i in b.all_instances() if i.id in ids and i._state.name not in ('terminated','shutting-down')]
-            public = {i.id: i.nics[0].public_ip for i in going if i.nics}
+            kept = {k: (e,e.public_ip) for k,e in b.enis.items() if e.instance in going}
             reply = self.forward(call)
         if reply[0]!=200: return reply
         for i in going:
-            if i.nics: i.nics[0].public_ip = public[i.id]
             i._state = InstanceState('shutting-down', 32)
             self.waiting.append((time.monotonic()+self.stopping, i, 'terminated'))
-        for e in b.enis.values(): # moto takes interfaces from those that are gone already
-            if e.instance and e.instance._state.name=='terminated': self.vanish(e.instance)
+        for k,(e,ip) in kept.items(): # Until the instance is terminated it has them
+            b.enis[k],e.public_ip = e,ip
+        for i in b.all_instances(): # moto takes interfaces and addresses from those that are gone already
+            if i.id in ids and i not in going and i._state.name=='terminated': self.vanish(i)
         self.tick(call.region)
         return reply
 
