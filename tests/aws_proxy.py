@@ -5,7 +5,7 @@ that it reads and corrects moto's state. It adds what moto 5.2.5 lacks: placemen
 SSM, network cards, delays of instances, the order of deletion. POST /__fault__ with JSON says what else goes wrong (`State.settings`), so that
 launchers in other processes see it too. GET /__log__ lists the calls, GET /__left__ what moto holds (nothing of the default VPC, nothing
 terminated), POST /__reset__ forgets all."""
-import base64, http.client, json, os, re, signal, subprocess, sys, tempfile, threading, time, uuid
+import base64, copy, http.client, json, os, re, signal, subprocess, sys, tempfile, threading, time, uuid
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -104,6 +104,26 @@ class State:
         with self.lock:
             self.forward(Call('POST', '/moto-api/reset', {}, b''))
             vars(self).update({k: type(v)(v) for k,v in self.settings.items()}, count=0, log=[], groups={}, tokens={}, buckets={}, born={}, waiting=[])
+
+    def save(self):
+        "Keep what there is, for `restore`"
+        self.saved = self._copy(self._everything())
+
+    def restore(self):
+        "Everything as it was when it was saved; no faults"
+        self.reset()
+        (regions,disks),ours = self._copy(self.saved)
+        for service,found in (('ec2',regions), ('efs',disks)):
+            for region,b in found.items(): self._backends(service)[region] = b
+        vars(self).update(ours)
+
+    def _backends(self, service):
+        from moto.backends import get_backend
+        return get_backend(service)['123456789012']
+
+    def _everything(self): return [dict(self._backends(s)) for s in ('ec2','efs')], dict(groups=self.groups, tokens=self.tokens, waiting=self.waiting)
+
+    def _copy(self, o): return copy.deepcopy(o)
 
     def configure(self, new):
         unknown = set(new)-set(self.settings)
@@ -436,7 +456,7 @@ class Handler(BaseHTTPRequestHandler):
         state,body = self.server.state,self.rfile.read(int(self.headers.get('Content-Length') or 0))
         if self.path.startswith('/__'):
             with state.lock:
-                out = {'/__log__': lambda: state.log, '/__left__': state.left, '/__reset__': state.reset,
+                out = {'/__log__': lambda: state.log, '/__left__': state.left, '/__reset__': state.reset, '/__save__': state.save, '/__restore__': state.restore,
                        '/__fault__': lambda: state.configure(json.loads(body))}[self.path]()
             return self.send(200, {'Content-Type': 'application/json'}, json.dumps(out).encode())
         reply = state.handle(Call(self.command, self.path, dict(self.headers), body))
@@ -497,6 +517,8 @@ class Aws:
         finally: c.close()
 
     def reset(self): self.ask('POST', '/__reset__')
+    def save(self): self.ask('POST', '/__save__')
+    def restore(self): self.ask('POST', '/__restore__')
     def set(self, **settings): self.ask('POST', '/__fault__', settings) # Those of `State.settings`
     def log(self)->list: return self.ask('GET', '/__log__')
     def actions(self)->Counter: return Counter(o['action'] for o in self.log())
