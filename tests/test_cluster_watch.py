@@ -386,7 +386,7 @@ stubs = dict(
 "-nrpo NAME,FSTYPE /dev/nvme2n1") printf '%s\\n' /dev/nvme2n1 '/dev/nvme2n1p1 ext4';;
 *) exit 1;; esac''',
     mount='[ "$1" != -t ] || [ -n "$EFS_WORKS" ]', mountpoint='[ -n "$EFS_WORKS" ]', systemctl='[ -z "$NO_SYSTEMD" ]',
-    shutdown='', sysctl='', poweroff='', sleep='exec /bin/sleep .05')
+    shutdown='', **{'systemd-run':''}, sysctl='', poweroff='', sleep='exec /bin/sleep .05')
 stubs['mount.nfs4'] = ''
 
 def boot(tmp_path, keys, env=None, **kwargs):
@@ -410,6 +410,7 @@ def boot(tmp_path, keys, env=None, **kwargs):
 def test_first_boot(tmp_path, keys):
     calls,own,_ = boot(tmp_path, keys, {'EFS_WORKS':'1'}, volume=f'{tmp_path}/data', efs='fs-1', efs_folder=f'{tmp_path}/efs')
     assert calls[0]=='shutdown -P +60'
+    assert calls[1].startswith('systemd-run ') and calls[1].endswith(' --on-active=60min shutdown -P now')
     assert 'systemctl enable --now fastimagenet-watchdog' in calls
     assert any(o.startswith('systemctl disable --now') and 'unattended-upgrades' in o for o in calls)
     assert any('net.core.rmem_max=16777216' in o for o in calls)

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['watchdog', 'user_data']
 
-# %% ../../nbs/53_cluster.watch.ipynb #58c6e5a6
+# %% ../../nbs/53_cluster.watch.ipynb #f3864278
 import json, math, re, shlex
 from pathlib import Path
 from fastcore.meta import delegates
 import fastai_fastimagenet.cluster
 
-# %% ../../nbs/53_cluster.watch.ipynb #585ce0b4
+# %% ../../nbs/53_cluster.watch.ipynb #99841767
 _here = Path(fastai_fastimagenet.cluster.__file__).parent
 def _script(name): return (_here/f'{name}.sh').read_text()
 
-# %% ../../nbs/53_cluster.watch.ipynb #87f32bf9
+# %% ../../nbs/53_cluster.watch.ipynb #17922201
 _clean = re.compile(r'~?[\w./-]+', re.ASCII)
 
 def watchdog(
@@ -39,7 +39,7 @@ def watchdog(
                     IMDS='${AWS_EC2_METADATA_SERVICE_ENDPOINT:-http://169.254.169.254}')
     return '\n'.join(['#!/bin/bash', *(f'{k}={v}' for k,v in settings.items())]) + '\n' + _script('watchdog')
 
-# %% ../../nbs/53_cluster.watch.ipynb #be3abb9d
+# %% ../../nbs/53_cluster.watch.ipynb #43a8e9f7
 _bound = '==fastimagenet=='
 
 def _part(kind, text): return f'--{_bound}\nContent-Type: text/{kind}; charset="us-ascii"\n\n{text.strip()}\n'
@@ -68,7 +68,8 @@ def user_data(
         if v and not _clean.fullmatch(v): raise ValueError(f'`{k}` may have letters, digits and _ . - / only, got {v!r}')
     if max_minutes<2: raise ValueError(f'`max_minutes` must be 2 or more, got {max_minutes!r}: a machine takes a minute to start')
     folder = f'~{user}/fastimagenet'
-    script = '\n'.join(['#!/bin/bash', f'shutdown -P +{int(max_minutes)}', *(f'{k}={v or ""}' for k,v in names.items()), f'FOLDER={folder}',
+    script = '\n'.join(['#!/bin/bash', f'shutdown -P +{int(max_minutes)}',
+        f'systemd-run --no-block --unit=fastimagenet-end --on-active={int(max_minutes)}min shutdown -P now', *(f'{k}={v or ""}' for k,v in names.items()), f'FOLDER={folder}',
         'mkdir -p /opt/fastimagenet', "cat > /opt/fastimagenet/watchdog <<'END_OF_WATCHDOG'", watchdog(folder, int(max_minutes)-.5, **kwargs).strip(), 'END_OF_WATCHDOG'])
     res = (f'Content-Type: multipart/mixed; boundary="{_bound}"\nMIME-Version: 1.0\n\n' + _part('cloud-config', _cloud_config(host_key, public)) +
            _part('x-shellscript', script + '\n' + _script('boot')) + f'--{_bound}--\n')
