@@ -57,10 +57,9 @@ def _mount_targets(efs, found, region):
 
 def look(ec2, efs, region, name=None, kinds=None):
     "All there is of cluster `name`, or of `kinds` alone; and what could not be looked up, with id '?'"
-    from botocore.exceptions import BotoCoreError, ClientError
     def ask(kind, f):
         try: return f()
-        except (BotoCoreError,ClientError) as e: return Resource(kind, '?', '', name or '?', region, None if kind in ('instance','address','volume','file system') else 0., why=str(e))
+        except aws_errors() as e: return Resource(kind, '?', '', name or '?', region, None if kind in ('instance','address','volume','file system') else 0., why=str(e))
     def kind_of(kind):
         what = _file_systems(efs, name) if kind=='file system' else tagged(ec2, kind, name)
         ids = lambda o: o['FileSystemId'] if kind=='file system' else id_of(kind, o)
@@ -69,7 +68,7 @@ def look(ec2, efs, region, name=None, kinds=None):
     found = [r for rs in res if isinstance(rs, list) for r in rs]
     if not kinds: res.append(ask('mount target', lambda: _mount_targets(efs, found, region)))
     failed = [r for r in res if isinstance(r, Resource)]
-    if len(failed)>=len(aws_kinds): raise CloudError(f'AWS does not say what there is in {region}: {failed[0].why}')
+    if len(failed)>=len(aws_kinds): raise CloudError(f'AWS does not say what there is in {region}: {failed[0].why}' + (f'. Try again: {undo_command(name, region)}' if name else ''))
     return [r for rs in res if isinstance(rs, list) for r in rs], failed
 
 def resources(
@@ -165,8 +164,8 @@ def leaks(
 )->tuple: # List of `Leak`, and region -> why it could not be looked at
     "What seems to be left over in `regions`"
     if regions is None:
-        with cloud_step('Listing the regions', '(any)', session.region_name or 'us-east-1'):
-            regions = [r['RegionName'] for r in clients(session, session.region_name or 'us-east-1')[0].describe_regions()['Regions']]
+        try: regions = [r['RegionName'] for r in client(session, 'ec2', session.region_name or 'us-east-1').describe_regions()['Regions']]
+        except aws_errors() as e: raise CloudError(f'AWS does not list its regions: {e}. Say which ones to look at') from e
     def ask(region, ec2, efs):
         try: found,failed = look(ec2, efs, region)
         except CloudError as e: return [],str(e)

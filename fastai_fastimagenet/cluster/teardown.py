@@ -66,9 +66,8 @@ class _Down:
 
     def attempt(self, rs, f, *args, **kw):
         "Call AWS to remove `rs`, and note why it did not"
-        from botocore.exceptions import BotoCoreError, ClientError
         try: f(*args, **kw)
-        except (BotoCoreError,ClientError) as e:
+        except aws_errors() as e:
             if _is_gone(e): return
             for r in rs: self.note(r, str(e), _in_use(e))
 
@@ -82,7 +81,7 @@ class _Down:
         while rs and time.monotonic()<end:
             live = [r for r in rs if state_of(r.raw)!='shutting-down']
             if live:
-                self.tell(f'Ending machines: {", ".join(sorted(r.id for r in live))}')
+                self.tell(f'Ending {len(live)} machine{"s"[:len(live)>1]}')
                 self.attempt(live, self.ec2.terminate_instances, InstanceIds=[r.id for r in live])
             if any(('instance',r.id) in self.refused for r in live): return
             self.tell('Waiting until the machines are gone, which takes AWS a minute or more')
@@ -92,7 +91,9 @@ class _Down:
     def remove(self, rs):
         spot = [r for r in rs if r.kind=='spot request']
         if spot: self.attempt(spot, self.ec2.cancel_spot_instance_requests, SpotInstanceRequestIds=[r.id for r in spot])
-        self.end_machines(machines_of(rs))
+        if machines_of(rs):
+            self.end_machines(machines_of(rs))
+            rs = self.look() # Most disks and network interfaces went with them
         for kinds in _stages: together(*(partial(self.attempt, [r], _removers[r.kind], self.ec2, self.efs, r) for r in rs if r.kind in kinds and r.id!='?'))
 
     def sweep(self):
