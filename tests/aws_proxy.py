@@ -5,7 +5,7 @@ that it reads and corrects moto's state. It adds what moto 5.2.5 lacks: placemen
 SSM, network cards, delays of instances, the order of deletion. POST /__fault__ with JSON says what else goes wrong (`State.settings`), so that
 launchers in other processes see it too. GET /__log__ lists the calls, GET /__left__ what moto holds (nothing of the default VPC, nothing
 terminated), POST /__reset__ forgets all."""
-import base64, http.client, json, os, re, signal, subprocess, sys, tempfile, threading, time, uuid
+import base64, copy, http.client, json, os, re, signal, subprocess, sys, tempfile, threading, time, uuid
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -105,6 +105,26 @@ class State:
             self.forward(Call('POST', '/moto-api/reset', {}, b''))
             vars(self).update({k: type(v)(v) for k,v in self.settings.items()}, count=0, log=[], groups={}, tokens={}, buckets={}, born={}, waiting=[])
 
+    def save(self):
+        "Keep what there is, for `restore`"
+        self.saved = self._copy(self._everything())
+
+    def restore(self):
+        "Everything as it was when it was saved; no faults"
+        self.reset()
+        (regions,disks),ours = self._copy(self.saved)
+        for service,found in (('ec2',regions), ('efs',disks)):
+            for region,b in found.items(): self._backends(service)[region] = b
+        vars(self).update(ours)
+
+    def _backends(self, service):
+        from moto.backends import get_backend
+        return get_backend(service)['123456789012']
+
+    def _everything(self): return [dict(self._backends(s)) for s in ('ec2','efs')], dict(groups=self.groups, tokens=self.tokens, waiting=self.waiting)
+
+    def _copy(self, o): return copy.deepcopy(o)
+
     def configure(self, new):
         unknown = set(new)-set(self.settings)
         if unknown: raise ValueError(f'unknown: {unknown}')
@@ -175,9 +195,10 @@ class State:
     def vanish(self, i):
         "Interfaces go with the instance, and addresses become free"
         b = i.ec2_backend
-        for e in [e for e in b.enis.values() if e.instance is i]: del b.enis[e.id]
+        gone = [e for e in b.enis.values() if e.instance is i]
+        for e in gone: del b.enis[e.id]
         for a in b.addresses:
-            if a.instance is i: a.instance = a.eni = a.association_id = None
+            if a.instance is i or a.eni in gone: a.instance = a.eni = a.association_id = None
         i.nics[0].public_ip = None # moto wants to describe it
 
     @contextmanager
@@ -283,15 +304,16 @@ class State:
         b,ids = self.backend(call.region),call.many('InstanceId')
         with self.unseen(call.region):
             going = [i for i in b.all_instances() if i.id in ids and i._state.name not in ('terminated','shutting-down')]
-            public = {i.id: i.nics[0].public_ip for i in going if i.nics}
+            kept = {k: (e,e.public_ip) for k,e in b.enis.items() if e.instance in going}
             reply = self.forward(call)
         if reply[0]!=200: return reply
         for i in going:
-            if i.nics: i.nics[0].public_ip = public[i.id]
             i._state = InstanceState('shutting-down', 32)
             self.waiting.append((time.monotonic()+self.stopping, i, 'terminated'))
-        for e in b.enis.values(): # moto takes interfaces from those that are gone already
-            if e.instance and e.instance._state.name=='terminated': self.vanish(e.instance)
+        for k,(e,ip) in kept.items(): # Until the instance is terminated it has them
+            b.enis[k],e.public_ip = e,ip
+        for i in b.all_instances(): # moto takes interfaces and addresses from those that are gone already
+            if i.id in ids and i not in going and i._state.name=='terminated': self.vanish(i)
         self.tick(call.region)
         return reply
 
@@ -434,7 +456,7 @@ class Handler(BaseHTTPRequestHandler):
         state,body = self.server.state,self.rfile.read(int(self.headers.get('Content-Length') or 0))
         if self.path.startswith('/__'):
             with state.lock:
-                out = {'/__log__': lambda: state.log, '/__left__': state.left, '/__reset__': state.reset,
+                out = {'/__log__': lambda: state.log, '/__left__': state.left, '/__reset__': state.reset, '/__save__': state.save, '/__restore__': state.restore,
                        '/__fault__': lambda: state.configure(json.loads(body))}[self.path]()
             return self.send(200, {'Content-Type': 'application/json'}, json.dumps(out).encode())
         reply = state.handle(Call(self.command, self.path, dict(self.headers), body))
@@ -495,6 +517,8 @@ class Aws:
         finally: c.close()
 
     def reset(self): self.ask('POST', '/__reset__')
+    def save(self): self.ask('POST', '/__save__')
+    def restore(self): self.ask('POST', '/__restore__')
     def set(self, **settings): self.ask('POST', '/__fault__', settings) # Those of `State.settings`
     def log(self)->list: return self.ask('GET', '/__log__')
     def actions(self)->Counter: return Counter(o['action'] for o in self.log())

@@ -6,7 +6,7 @@
 __all__ = ['client', 'Machine', 'machine_info', 'Offer', 'offers', 'quota_code', 'check_quota', 'hours_for', 'cost']
 
 # %% ../../nbs/54_cluster.market.ipynb #683c0943
-import json, re
+import json, re, threading
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -14,6 +14,7 @@ from .cloud import *
 
 # %% ../../nbs/54_cluster.market.ipynb #49b34dab
 _connect,_read = 10,30 # Seconds until a call that is not answered is repeated
+_one = threading.Lock() # Sessions of boto3 make one client at a time
 
 def client(
     session, # Of boto3
@@ -23,8 +24,8 @@ def client(
 ):
     "Client that repeats what AWS refuses because it is busy; threads may share it"
     from botocore.config import Config
-    return session.client(service, region_name=region, config=Config(retries=dict(mode='adaptive', total_max_attempts=attempts), connect_timeout=_connect,
-                                                                     read_timeout=_read, max_pool_connections=20))
+    cfg = Config(retries=dict(mode='adaptive', total_max_attempts=attempts), connect_timeout=_connect, read_timeout=_read, max_pool_connections=20)
+    with _one: return session.client(service, region_name=region, config=cfg)
 
 # %% ../../nbs/54_cluster.market.ipynb #5d86e3ae
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ def _gbit(text):
     found = re.search(r'(?:(\d+)x )?([\d.]+) Gigabit', text or '')
     return int(found[1] or 1)*float(found[2]) if found else 0.
 
-def _machine(o):
+def _machine(name, o):
     net,gpu = o['NetworkInfo'],(o.get('GpuInfo', {}).get('Gpus') or [{}])[0]
     cards = net.get('NetworkCards') or [{}]
     efa = [c['NetworkCardIndex'] for c in cards if 'efa' in c.get('InterfaceTypes', [])][:net.get('EfaInfo', {}).get('MaximumEfaInterfaces', 0)]
-    return Machine(o['InstanceType'], o['VCpuInfo']['DefaultVCpus'], gpu.get('Count', 0), gpu.get('Name', ''), gpu.get('MemoryInfo', {}).get('SizeInMiB', 0)/1024,
+    return Machine(name, o['VCpuInfo']['DefaultVCpus'], gpu.get('Count', 0), gpu.get('Name', ''), gpu.get('MemoryInfo', {}).get('SizeInMiB', 0)/1024,
                    _gbit(net.get('NetworkPerformance')), len(cards), tuple(efa), 'cluster' in o.get('PlacementGroupInfo', {}).get('SupportedStrategies', []),
                    o['ProcessorInfo']['SupportedArchitectures'][-1])
 
@@ -70,7 +71,7 @@ def machine_info(
         if error_code(e) not in ('InvalidInstanceType','InvalidParameterValue'): raise
         found = []
     if not found: raise ValueError(f'There is no machine type {name!r} in {ec2.meta.region_name}. Types are written as p4d.24xlarge; the list is at https://aws.amazon.com/ec2/instance-types')
-    return _machine(found[0])
+    return _machine(name, found[0])
 
 # %% ../../nbs/54_cluster.market.ipynb #800a8d46
 _table_from = 'table of 2025-26 for us-east-1, may be wrong by now'
@@ -149,7 +150,7 @@ def quota_code(machine:str, market:str)->str: # None if we know of none
 
 def _check(quotas, region, machine, nodes, market):
     code,need = quota_code(machine.name, market),nodes*machine.vcpus
-    what = f'{nodes} x {machine.name} ({market}) need {need} vCPU'
+    what = f'{nodes} x {machine.name} ({market}) need {need or "?"} vCPU'
     if not code: return f'{what}; no quota is known for them'
     quota,why = _ask(lambda: quotas.get_service_quota(ServiceCode='ec2', QuotaCode=code)['Quota']['Value'])
     if why: return f'{what}; the quota {code} could not be looked up: {why}'
