@@ -58,7 +58,7 @@ def test_down(aws, demo):
     folder = demo.folder
     assert (folder/'key').exists()
     out,_ = cluster('down', 'demo', module=True)
-    assert 'Ending machines' in out and 'Nothing is left of cluster demo in us-east-1' in out
+    assert 'Ending 2 machines' in out and 'Nothing is left of cluster demo in us-east-1' in out
     assert not aws.left() and not folder.exists()
     assert 'There are no clusters in us-east-1' in cluster('ls')[0]
     out,_ = cluster('down', 'demo')
@@ -138,7 +138,7 @@ def test_errors_of_one_line(aws, demo, tmp_path):
     for args,env,what in ((['ls'], {'PYTHONPATH':path}, 'pip install fastai_fastimagenet[aws]'), (['ls'], none, 'There are no credentials for AWS'),
                           (['ls'], {'AWS_DEFAULT_REGION':''}, 'Which region? Add --region'), (['show','typo'], {}, 'There is no cluster typo in us-east-1. Clusters there: demo.'),
                           (['cost','demo','--region','eu-west-1'], {}, 'There is no cluster demo in eu-west-1. Clusters there: none.'),
-                          (['logs','typo'], {}, 'There is no cluster typo'), (['plan','Demo'], {}, "got 'Demo'"), (['plan','a','--machine','p3.16xlarge'], {}, 'p4d.24xlarge')):
+                          (['logs','typo'], {}, 'Cluster typo has no machines in us-east-1'), (['plan','Demo'], {}, "got 'Demo'"), (['plan','a','--machine','p3.16xlarge'], {}, 'p4d.24xlarge')):
         out,err = cluster(*args, ok=False, env=env)
         assert err.startswith('fastimagenet-cluster: ') and what in err and len(err.splitlines())==1 and not out, err
 

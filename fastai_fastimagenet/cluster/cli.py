@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../../nbs/59_cluster.cli.ipynb #a5e11fa7
+# %% ../../nbs/59_cluster.cli.ipynb #92a0f15f
 import os, sys
 from argparse import ArgumentParser, REMAINDER
 from datetime import datetime, timezone
@@ -13,7 +13,7 @@ from fastcore.imports import IN_NOTEBOOK
 from .cloud import *
 from .inventory import *
 
-# %% ../../nbs/59_cluster.cli.ipynb #7c9b8e59
+# %% ../../nbs/59_cluster.cli.ipynb #a29a2210
 def _usd(v, unit=''): return '?' if v is None else f'${v:.2f}{unit}'
 
 def _span(t):
@@ -28,7 +28,7 @@ def _table(head, rows):
     widths = [max(map(len, col)) for col in zip(*rows)]
     return '\n'.join('  '.join(o.ljust(w) for o,w in zip(r, widths)).rstrip() for r in rows)
 
-# %% ../../nbs/59_cluster.cli.ipynb #e234fbb3
+# %% ../../nbs/59_cluster.cli.ipynb #f648e8ba
 def _session(a):
     "Session of boto3 that has a region and credentials"
     try: import boto3
@@ -47,7 +47,7 @@ def _found(s, name):
     if rs := resources(s, s.region_name, name): return rs
     raise ValueError(_unknown(s, name))
 
-# %% ../../nbs/59_cluster.cli.ipynb #879d004a
+# %% ../../nbs/59_cluster.cli.ipynb #a70ac34c
 def _row(c):
     states = ', '.join(f'{n} {s}' for s,n in c.states.items()) or 'none'
     return c.name, states, c.machine or '-', c.zone or '-', c.market or '-', _when(c.launched), _when(c.expires), _usd(c.price, '/h'), _usd(c.cost), c.owner
@@ -89,12 +89,10 @@ def _cost(a):
     most = None if None in (left,spent,c.price) else spent+c.price*max(left, 0)
     print(f'At most:   {_usd(most)}, when they end {_when(c.expires)}; disks and traffic are not in it')
 
-# %% ../../nbs/59_cluster.cli.ipynb #c218dfd6
+# %% ../../nbs/59_cluster.cli.ipynb #3df0a928
 def _attach(a):
     from fastai_fastimagenet.cluster.aws import AWSCluster
-    s = _session(a)
-    _found(s, a.name)
-    c = AWSCluster.attach(a.name, s.region_name)
+    c = AWSCluster.attach(a.name, _session(a).region_name)
     if not 0<=getattr(a, 'rank', 0)<len(c.instances): raise ValueError(f'Cluster {a.name} has machines 0 to {len(c.instances)-1}, got {a.rank}')
     return c
 
@@ -122,7 +120,7 @@ def _hold(a):
     c.each(lambda t: t.sh('touch ~/fastimagenet/watch/hold'), 'hold', _tasks(c))
     print(f'The {len(c.instances)} machines of cluster {a.name} stay for an hour, or until their time is used up')
 
-# %% ../../nbs/59_cluster.cli.ipynb #d7117d2e
+# %% ../../nbs/59_cluster.cli.ipynb #1db81fee
 def _down_one(s, name):
     from fastai_fastimagenet.cluster.aws import AWSCluster
     known = resources(s, s.region_name, name)
@@ -149,7 +147,7 @@ def _plan(a):
     given = {k: getattr(a, k) for k in options if getattr(a, k) is not None}
     print(AWSCluster(a.name, spot={'yes':True, 'no':False, 'auto':'auto'}[a.spot], efs=True if a.efs=='new' else a.efs, **given).plan())
 
-# %% ../../nbs/59_cluster.cli.ipynb #93242bae
+# %% ../../nbs/59_cluster.cli.ipynb #b4551afa
 def _parser():
     p = ArgumentParser('fastimagenet-cluster', description='Clusters at AWS: what there is, what it costs, and how to be rid of it')
     subs = p.add_subparsers(required=True, metavar='COMMAND')
@@ -203,5 +201,5 @@ def main(argv=None):
         if not _is_known(e): raise
         sys.exit(f'fastimagenet-cluster: {e}')
 
-# %% ../../nbs/59_cluster.cli.ipynb #7e9c59e6
+# %% ../../nbs/59_cluster.cli.ipynb #1b971a6e
 if __name__=='__main__' and not IN_NOTEBOOK: main()
