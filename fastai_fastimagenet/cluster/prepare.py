@@ -136,9 +136,7 @@ def check_network(
 ):
     "One all-reduce over all processes; `JobError` names the machine that fails"
     n = len(run.tasks)
-    if n*run.nproc==1: return
-    check,heard = Torchrun(run.tasks, f'{run.name}-check', [[_check_name]]*n, run.python, run.nproc, run.envs, cwd=run.cwd),[]
-    check.start().wait(heard.append, _check_timeout)
+    Torchrun(run.tasks, f'{run.name}-check', [[_check_name]]*n, run.python, run.nproc, run.envs, cwd=run.cwd).start().wait(timeout=_check_timeout)
     say(f'All-reduce over {n*run.nproc} processes on {n} machine{"s"[:n>1]}: right')
 
 # %% ../../nbs/60_cluster.prepare.ipynb #070098d1
@@ -177,5 +175,8 @@ def prepare(
     envs = [{**nccl_env(cluster.machine, f['interface'] if n>1 else None), 'OUT_DIR':o, 'PYTHONPATH':':'.join(filter(None, [f'{t.folder}/code/{name}', f['path']])), **job.env}
             for t,f,o in zip(tasks, facts, outs)]
     run = Torchrun(tasks, name, [job.argv(o, resume) for o in outs], cluster.python, job.nproc or facts[0]['gpus'] or 1, envs, job.secrets, f'code/{name}')
-    check_network(run, say)
+    key = ([id(t) for t in tasks], run.nproc, [f['versions'] for f in facts])
+    if n*run.nproc>1 and getattr(cluster, 'checked', None)!=key:
+        check_network(run, say)
+        cluster.checked = key
     return run
