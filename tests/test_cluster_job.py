@@ -1,15 +1,17 @@
 "Jobs on this machine, on machines of one's own, and on machines that are taken away"
-import json, os, signal, subprocess, sys, threading, time
-from pathlib import Path
+import json, os, signal, sys, time, urllib.request
 import psutil, pytest
-from procs import here, kill_all, run, start
+from hosts import make_hosts
+from procs import kill_all, run, start
 from fastai_fastimagenet.phase import Phase
 from fastai_fastimagenet.schedule import Schedule
 from fastai_fastimagenet.cluster.task import *
+from fastai_fastimagenet.cluster.ssh import *
 from fastai_fastimagenet.cluster.local import *
 from fastai_fastimagenet.cluster.job import *
 from fastai_fastimagenet.cluster.torchrun import *
 from fastai_fastimagenet.cluster.run import *
+from fastai_fastimagenet.cluster.board import *
 from fastai_fastimagenet.cluster.many import *
 from fastai_fastimagenet.cluster import run as run_module
 
@@ -138,3 +140,110 @@ time.sleep(100)''')
     finally: left = kill_all(p)
     assert not left and p.returncode and (tmp_path/'calls').read_text()=='scancel --signal=TERM 7.0\nscontrol requeue 7\n', err
     assert run('bash', tmp_path/'s.sh', env=env).stdout=='goes on from step 5\n'
+
+@pytest.fixture(scope='module')
+def machines(tmp_path_factory):
+    "Three machines with an sshd"
+    with make_hosts(3) as hosts, pytest.MonkeyPatch.context() as mp:
+        mp.setenv('FASTIMAGENET_HOME', str(tmp_path_factory.mktemp('home')))
+        yield hosts
+
+@pytest.fixture(scope='module')
+def cluster(machines):
+    c = machines.cluster()
+    yield c
+    try: c.down()
+    except ClusterError: pass # A test has left a machine dead
+
+def test_training_on_three_machines(machines, cluster, small_photos, tmp_path):
+    "One torchrun on each; the connection drops; all comes home; the curves are seen through a tunnel"
+    cluster.upload(small_photos, '/mnt/photos')
+    said = []
+    r = cluster.run(training('/mnt/photos', tmp_path/'three', table(3, 1)), say=said.append)
+    assert any(s=='All-reduce over 3 processes on 3 machines: right' for s in said)
+    until(lambda: any(l.startswith('         0 ') for l in r.lines), 'the first epoch')
+    cluster.tasks[0].close()
+    lines = []
+    r.follow(lines.append)
+    assert r.status=='done' and r.result['processes']==3 and r.result['epochs']==4 and 'Schedule: 4 epochs, 3 processes' in lines
+    for epoch in range(4): assert sum(l.startswith(f'         {epoch} ') for l in lines)==1 # None lost, none doubled
+    home = {f.relative_to(tmp_path/'three').as_posix() for f in (tmp_path/'three').rglob('*')}
+    assert {'history.csv','model.pth','job.json',*(f'logs/{h.address}.log' for h in machines)} <= home
+    assert len([f for f in home if f.startswith('checkpoints/')])==3
+    board = cluster.tensorboard(port=0)
+    assert urllib.request.urlopen(board.url+'data/runs').read()==b'["three/tensorboard"]'
+    board.process.stop() # As `down` does; the tunnel ends by itself
+    until(lambda: board.tunnel.poll() is not None, 'the end of the tunnel', 20)
+    assert not board.answers()
+
+loop = """import os, time, torch, torch.distributed as dist
+dist.init_process_group('gloo')
+while True:
+    dist.all_reduce(torch.ones(9))
+    if os.environ['RANK']=='0': print('step', flush=True)
+    time.sleep(.1)"""
+
+def broken(cluster, tmp_path, name, how, within):
+    "The `JobError` of a program on all machines when `how()` has happened to it, `within` seconds"
+    (tmp_path/'loop.py').write_text(loop)
+    r = cluster.run(Job('loop.py', folder=tmp_path, out=tmp_path/name, name=name), say=print)
+    until(lambda: r.lines.count('step')>3, 'the first steps')
+    began = time.monotonic()
+    how()
+    with pytest.raises(JobError) as e: r.wait(90)
+    took = time.monotonic()-began
+    print(f'{name}: {took:.1f} s\n{e.value}')
+    assert took<within, took
+    assert r.status=='failed' and e.value.grace==20 and str(tmp_path/name/'logs') in str(e.value)
+    return e.value
+
+def test_a_killed_worker_is_named(machines, cluster, tmp_path):
+    e = broken(cluster, tmp_path, 'worker', lambda: machines[1].inside('pkill', '-KILL', '-f', 'python -u loop.py'), 30)
+    assert e.node==machines[1].address and e.how=='rank 1 was killed by SIGKILL' and not e.dead
+
+def test_a_cut_machine_is_named(machines, cluster, tmp_path):
+    "No packet comes through any more, and nobody says so"
+    try: e = broken(cluster, tmp_path, 'cut', machines[2].cut, 40)
+    finally: machines[2].mend()
+    assert e.node==machines[2].address and e.dead and 'cannot be reached' in e.how
+    assert 'step' in (tmp_path/f'cut/logs/{machines[0].address}.log').read_text()
+
+class Spare(SSHCluster):
+    "One of `machines`; when it is lost, the next is taken"
+    spot = True
+    def __init__(self, machines):
+        self.machines = machines
+        super().__init__([machines[0].address], user='root', key=machines.key, known_hosts=machines.known_hosts, python=sys.executable)
+
+    def relaunch(self):
+        self.close()
+        lost,self.machines[:] = self.machines[0],self.machines[1:]
+        self.__init__(self.machines)
+
+counter = """import os, sys, time
+from pathlib import Path
+file = Path(os.environ['OUT_DIR'])/'count'
+first = int(file.read_text()) if sys.argv[1:]==['--go-on'] else 0
+print('from', first, flush=True)
+for i in range(first, first+40 if first else 10**6):
+    file.write_text(str(i))
+    time.sleep(.05)"""
+
+def test_a_lost_machine_is_replaced(machines, tmp_path):
+    "Its last words were brought home a moment before, and the next machine goes on from there"
+    (tmp_path/'counter.py').write_text(counter)
+    spares = type(machines)(machines[:2])
+    spares.key,spares.known_hosts = machines.key,machines.known_hosts
+    with Spare(spares) as c:
+        r = c.run(Job('counter.py', folder=tmp_path, out=tmp_path/'count', name='count', resume=['--go-on'], sync_minutes=1/60), say=print)
+        until(lambda: (tmp_path/'count/count').exists(), 'the first copy')
+        machines[0].cut()
+        try: r.wait(90)
+        finally: machines[0].mend()
+    assert r.status=='done' and r.replaced==1 and r.lines[0]=='from 0' and int(r.lines[1].split()[1])>0
+    assert int((tmp_path/'count/count').read_text())==int(r.lines[1].split()[1])+39
+
+def test_a_crashed_machine_is_named(machines, cluster, tmp_path):
+    "Not its neighbours, which complain first that they have lost it"
+    e = broken(cluster, tmp_path, 'crash', machines[2].crash, 40)
+    assert e.node==machines[2].address and e.dead

@@ -103,13 +103,15 @@ def _sync(self:Run):
 @patch
 def collect(self:Run):
     "Copy `OUT_DIR` and the logs of all machines that can be reached; done by itself when the run ends"
-    def get(i):
+    alive = self.torchrun.alive()
+    def get(n):
+        i = alive[n]
         task = self.torchrun.tasks[i]
         (self.folder/'logs').mkdir(exist_ok=True)
         task.download(f'runs/{self.name}/log', self.folder/'logs'/f'{task.name}{self.name[len(self.job.name):]}.log')
         if not i: self._sync()
         elif task.sh(f'ls -A {shlex.quote(f"{task.folder}/out/{self.job.name}")}'): task.download(f'out/{self.job.name}', self.folder/task.name)
-    raise_errors(in_parallel(get, len(self.torchrun.tasks)))
+    raise_errors(in_parallel(get, len(alive)))
 
 # %% ../../nbs/61_cluster.run.ipynb #0346b835
 @patch

@@ -23,15 +23,15 @@ class JobError(Exception):
         others = [f'After that: {", ".join(f"{n} {how}" for n,how in self.others.items())}'] if self.others else []
         return '\n'.join([f'{self.name}: {self.node} failed first: {self.how}', *self.lines, *others, *([f'All logs: {self.logs}'] if self.logs else [])])
 
-# %% ../../nbs/59_cluster.torchrun.ipynb #300ba015
-_lost = re.compile(r'lost the other processes|Connection (closed|reset|refused) by peer|Connection (reset|refused)|ProcessGroup|TCPStore|DistNetworkError|gloo/|NCCL error|SIGTERM')
-_report = re.compile(r'torch/distributed/elastic/multiprocessing/api.py:\d+\] failed') # Here torchrun begins to speak
+# %% ../../nbs/59_cluster.torchrun.ipynb #295b6393
+_complaint = re.compile(r'lost the other processes|Connection (closed|reset|refused) by peer|Connection (reset|refused)|ProcessGroup|TCPStore|DistNetworkError|gloo/|NCCL error|SIGTERM')
+_report = re.compile(r'torch/distributed/elastic/(multiprocessing|agent/server)/api.py:\d+\]') # Here torchrun begins to speak
 _root = re.compile(r'Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)', re.S)
 
 def _said(lines, n=20):
     "The last `n` of `lines`, without the report of torchrun"
     own = next((i for i,l in enumerate(lines) if _report.search(l)), len(lines))
-    return list(lines)[:own][-n:] or list(lines)[-n:]
+    return list(lines)[:own][-n:]
 
 def _exit(code): return f'was killed by {signal.Signals(-code).name}' if code<0 else f'ended with exit code {code}'
 
@@ -49,7 +49,7 @@ def in_parallel(
     def call(i):
         try: return f(i)
         except HostError as e: return e
-    with ThreadPoolExecutor(n) as ex: return list(ex.map(call, range(n)))
+    with ThreadPoolExecutor(max(1, n)) as ex: return list(ex.map(call, range(n)))
 
 def raise_errors(
     results:list # From `in_parallel`
@@ -76,7 +76,7 @@ class Torchrun:
     ):
         store_attr()
         self.procs = [Process(t, name) for t in tasks]
-        self.heard,self.ended,self.stopped = [deque(maxlen=200) for _ in tasks],{},False
+        self.heard,self.ended,self.dead,self.stopped = [deque(maxlen=200) for _ in tasks],{},{},False
 
     def command(self, rank:int, port:int)->str:
         "What runs on machine `rank`"
@@ -96,10 +96,15 @@ class Torchrun:
 
     def stop(self,
         grace:float=5 # Seconds between SIGTERM and SIGKILL
-    )->dict: # Number -> `HostDead`, for machines that cannot be reached
-        "End it everywhere; `wait` returns"
-        self.stopped = True
-        return {i: e for i,e in enumerate(in_parallel(lambda i: self.procs[i].stop(grace), len(self.tasks))) if isinstance(e, HostDead)}
+    ):
+        "End it everywhere, and find out which machines are `dead`; `wait` returns"
+        self.stopped,alive = True,self.alive()
+        ends = in_parallel(lambda i: self.procs[alive[i]].stop(grace), len(alive))
+        self.dead.update((i, e) for i,e in zip(alive, ends) if isinstance(e, HostDead))
+
+    def alive(self)->list: # Numbers
+        "Machines that are not known to be dead"
+        return [i for i in range(len(self.tasks)) if i not in self.dead]
 
 # %% ../../nbs/59_cluster.torchrun.ipynb #4df6e861
 @patch
@@ -114,6 +119,7 @@ def wait(self:Torchrun,
         try: i,how = events.get(timeout=.5)
         except queue.Empty: continue
         self.ended[i] = how
+        if isinstance(how, HostDead): self.dead[i] = how
         if how!=0: patience = min(patience, time.monotonic()+(_settle if self.stopped or self._lost(i) else 0))
     if self.stopped: return
     late = [i for i in range(len(self.tasks)) if i not in self.ended]
@@ -131,17 +137,19 @@ def _follow(self:Torchrun, i, out, events):
     except HostError as e: events.put((i, e))
 
 @patch
-def _lost(self:Torchrun, i): return not isinstance(self.ended.get(i), HostError) and any(_lost.search(l) for l in self.heard[i])
+def _lost(self:Torchrun, i): return not isinstance(self.ended.get(i), HostError) and any(_complaint.search(l) for l in self.heard[i])
 
 @patch
 def _failed(self:Torchrun, late, timeout):
     "The `JobError`, when all is ended"
-    self.ended.update(self.stop())
-    bad = sorted((i for i,o in self.ended.items() if o!=0), key=lambda i: (not isinstance(self.ended[i], HostDead), self._lost(i))) or late
+    self.stop()
+    self.ended.update(self.dead)
+    bad = sorted((i for i,o in self.ended.items() if o!=0), key=lambda i: (i not in self.dead, self._lost(i))) or late
     def how(i):
         if i not in self.ended: return f'did not end within {timeout:g} s'
-        return self.ended[i].what if isinstance(self.ended[i], HostError) else _how(self.ended[i], self.heard[i])
-    first = bad[0]
-    err = JobError(self.name, self.tasks[first].name, how(first), _said(self.heard[first]), isinstance(self.ended.get(first), HostDead))
+        return self.ended[i].what.partition(', while ')[0] if isinstance(self.ended[i], HostError) else _how(self.ended[i], self.heard[i])
+    first,name = bad[0],self.tasks[0].name
+    lines = _said(self.heard[first]) or [*([f'{name} said last:'] if self.heard[0] else []), *_said(self.heard[0])]
+    err = JobError(self.name, self.tasks[first].name, how(first), lines, first in self.dead)
     err.others = {self.tasks[i].name: how(i) for i in bad[1:]}
     return err
