@@ -80,7 +80,7 @@ class Host:
         self.proc = None
 
 class Hosts(list):
-    "Machines, with the `key` of root and their `known_hosts`"
+    "Machines, with the `key` of root and their `known_hosts`; while they exist, the launcher's files are in a folder of their own too"
     def cluster(self, **kwargs): return SSHCluster([h.address for h in self], **{**dict(user='root', key=self.key, known_hosts=self.known_hosts, python=sys.executable), **kwargs})
 
 def _keygen(file): _do('ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-C', '', '-f', file)
@@ -102,6 +102,7 @@ def make_hosts(n):
     "`n` machines; skips the test where they cannot be made"
     if reason := why_not(): pytest.skip(reason)
     folder,bridge,net = Path(tempfile.mkdtemp(prefix='hosts-', dir='/var/tmp')),f'fb{os.getpid()}',f'198.18.{os.getpid()%256}'
+    before,os.environ['FASTIMAGENET_HOME'] = os.environ.get('FASTIMAGENET_HOME'),str(folder/'launcher')
     hosts = Hosts(Host(f'machine{i}', f'{net}.{11+i}', folder/f'machine{i}', bridge, f'fv{os.getpid()}r{i}') for i in range(n))
     try:
         hosts.key,hosts.known_hosts = folder/'key',folder/'known_hosts'
@@ -119,3 +120,5 @@ def make_hosts(n):
         for h in hosts: h.off()
         _do('ip', 'link', 'del', bridge, check=False)
         shutil.rmtree(folder, ignore_errors=True)
+        os.environ.pop('FASTIMAGENET_HOME')
+        if before is not None: os.environ['FASTIMAGENET_HOME'] = before

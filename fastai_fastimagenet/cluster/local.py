@@ -16,10 +16,8 @@ class LocalTask(Task):
     "This machine, with a work folder of its own"
     def _argv(self, cmd, timeout=None): return ['env', f'FASTIMAGENET_TASK={self.folder}', 'bash', '-c', cmd]
 
-    def end(self,
-        grace:float=5 # Seconds between SIGTERM and SIGKILL
-    ):
-        "End all runs and everything else that was started here; files stay"
+    def end(self, grace:float=5):
+        "End all runs and everything else that was started here, in `grace` seconds by force; files stay"
         super().end(grace)
         find = marked(f'FASTIMAGENET_TASK={self.folder}', "''")
         self.sh(f'exec env -u FASTIMAGENET_TASK bash -c {shlex.quote(find+kill_marked(grace))}', timeout=grace+30)

@@ -149,7 +149,7 @@ def pack(
     "Shell text that prints a tar of `path`"
     folder,name = posixpath.split(posixpath.normpath(path))
     return f'''[ -e {shlex.quote(path)} ] || {{ echo There is no file or folder {shlex.quote(path)} >&2; exit 1; }}
-tar cf - -C {shlex.quote(folder or ".")} {shlex.quote("./"+name)}'''
+COPYFILE_DISABLE=1 tar cf - -C {shlex.quote(folder or ".")} {shlex.quote("./"+name)}'''
 
 def unpack(
     src:str, # What was packed

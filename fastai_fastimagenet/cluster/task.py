@@ -9,6 +9,7 @@ __all__ = ['Task', 'Process', 'Cluster', 'HostError', 'HostDead', 'ConnectionLos
 import posixpath, queue, shlex, subprocess, sys, threading, time
 from collections import deque
 from hashlib import sha1
+from io import BytesIO
 from pathlib import Path
 from fastcore.basics import *
 from fastcore.imports import IN_NOTEBOOK
@@ -99,10 +100,8 @@ def process(self:Task, name:str)->'Process':
     return Process(self, name)
 
 @patch
-def end(self:Task,
-    grace:float=5 # Seconds between SIGTERM and SIGKILL
-):
-    "End all runs, with what they started and the shells that stayed; files stay"
+def end(self:Task, grace:float=5):
+    "End all runs, with what they started and the shells that stayed, in `grace` seconds by force; files stay"
     mine = marked(f'FASTIMAGENET_RUN={self.folder}/runs/', shlex.quote(self.folder)+'/runs/*', begins=True)
     self._ask(mine+end_all(self._server(), grace), grace+30, 'ending the runs')
 
@@ -130,22 +129,18 @@ class Process:
 
     def tail(self, n:int=20)->list: # Lines
         "The last `n` lines of its output"
-        return self.task._ask(self._here(f'tail -n {n} log')).decode(errors='replace').splitlines()
+        return [l.decode(errors='replace').rstrip('\n') for l in BytesIO(self.task._ask(self._here(f'tail -n {n} log')))]
 
-    def wait(self,
-        timeout:float=None # Seconds; `TimeoutError` after that
-    )->int: # Exit status
-        "Wait for the end"
+    def wait(self, timeout:float=None)->int: # Exit status
+        "Wait for the end; `TimeoutError` after `timeout` seconds"
         end,pause = None if timeout is None else time.monotonic()+timeout, .1
         while (code := self.status) is None:
             if end and time.monotonic()>end: raise TimeoutError(f'{self.task.name}: run {self.name} still runs after {timeout:g} s')
             time.sleep(pause := min(_poll, pause*1.5))
         return code
 
-    def stop(self,
-        grace:float=5 # Seconds between SIGTERM and SIGKILL
-    ):
-        "End it, everything it started, and the shell that stayed"
+    def stop(self, grace:float=5):
+        "End it, everything it started, and the shell that stayed: SIGTERM, and SIGKILL after `grace` seconds"
         after = f'[ -e status ] || echo 137 > status\ntmux -L {self.task._server()} kill-session -t {self._session()} 2>/dev/null || true'
         self.task._ask(self._here(kill_marked(grace)+after), grace+30, f'stopping run {self.name}')
 
@@ -183,7 +178,7 @@ def follow(self:Process,
         while status is None:
             pos = self._round(pos, show)
             status = self.status
-        for line in self.task._ask(self._here(f'tail -c +{pos+1} log')).splitlines(True): show(line)
+        for line in BytesIO(self.task._ask(self._here(f'tail -c +{pos+1} log'))): show(line)
         return status
     except HostDead as e: raise HostDead(e.host, f'{e.what}, while run {self.name} was followed; its last output:', last) from None
 
@@ -208,9 +203,12 @@ def download(self:Task,
 
 # %% ../../nbs/50_cluster.task.ipynb #bdb52eda
 def _bar(n, what):
-    if n<2 or not (IN_NOTEBOOK or sys.stdout.isatty()): return range(n)
+    if n<2 or not what or not (IN_NOTEBOOK or sys.stdout.isatty()): return (yield from range(n))
     from fastprogress.fastprogress import progress_bar
-    return progress_bar(range(n), comment=what or '')
+    bar = progress_bar(range(n))
+    bar.comment = what[:40]
+    yield from bar
+    if not IN_NOTEBOOK: print()
 
 class Cluster:
     "Several machines, in order of rank"
@@ -220,7 +218,7 @@ class Cluster:
 
     def each(self,
         f, # Called with a `Task`
-        what:str=None, # Shown beside the progress bar
+        what:str=None, # Shown beside a progress bar; no bar without it
         tasks:list=None # Only these; all by default
     )->list: # What `f` returned, in order of rank
         "Call `f` for all machines at the same time; `ClusterError` names those where it failed"
@@ -242,11 +240,11 @@ class Cluster:
         self.each(lambda t: t.download(src, Path(dst)/t.name), f'download {src}')
 
     def alive(self)->dict: # Name -> can it be reached?
-        return dict(zip([t.name for t in self.tasks], self.each(lambda t: t.alive(), 'alive')))
+        return dict(zip([t.name for t in self.tasks], self.each(lambda t: t.alive())))
 
     def down(self):
         "End everything that runs on the machines"
-        self.each(lambda t: t.end(), 'end')
+        self.each(lambda t: t.end())
 
     def __enter__(self): return self
     def __exit__(self, *args): self.down()
