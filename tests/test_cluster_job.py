@@ -155,6 +155,16 @@ def cluster(machines):
     try: c.down()
     except ClusterError: pass # A test has left a machine dead
 
+def test_a_machine_that_is_shut_out_is_named(machines, cluster, tmp_path):
+    "The last cannot reach the first, which would wait for it; the check does not"
+    (tmp_path/'empty.py').write_text('')
+    def route(what): machines[2].inside('ip', 'route', what, 'blackhole', f'{machines[0].address}/32')
+    route('add')
+    try:
+        with pytest.raises(JobError) as e: cluster.run(Job('empty.py', folder=tmp_path, out=tmp_path/'shut', name='shut'), say=print)
+    finally: route('del')
+    assert e.value.node==machines[2].address and f'cannot reach {machines[0].address}' in str(e.value)
+
 def test_training_on_three_machines(machines, cluster, small_photos, tmp_path):
     "One torchrun on each; the connection drops; all comes home; the curves are seen through a tunnel"
     cluster.upload(small_photos, '/mnt/photos')
@@ -199,7 +209,7 @@ def broken(cluster, tmp_path, name, how, within):
 
 def test_a_killed_worker_is_named(machines, cluster, tmp_path):
     e = broken(cluster, tmp_path, 'worker', lambda: machines[1].inside('pkill', '-KILL', '-f', 'python -u loop.py'), 30)
-    assert e.node==machines[1].address and e.how=='rank 1 was killed by SIGKILL' and not e.dead
+    assert e.node==machines[1].address and e.how.startswith('rank 1 was killed by SIGKILL') and not e.dead
 
 def test_a_cut_machine_is_named(machines, cluster, tmp_path):
     "No packet comes through any more, and nobody says so"

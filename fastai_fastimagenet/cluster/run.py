@@ -9,6 +9,7 @@ __all__ = ['Run']
 import json, shlex, subprocess, threading, time
 from datetime import datetime, timezone
 from pathlib import Path
+import fastai_fastimagenet
 from fastcore.basics import patch, store_attr
 from .task import *
 from .job import *
@@ -34,7 +35,7 @@ class Run:
         say=print # Called with what happens besides training
     ):
         store_attr()
-        self.folder,self.lines,self.error,self.taken,self.stopped,self.replaced = job.out,[],None,None,False,0
+        self.folder,self.lines,self.copied,self.error,self.taken,self.stopped,self.replaced = job.out,[],set(),None,None,False,0
         self.ended,self.copying = threading.Event(),threading.Lock()
         if not resume and job.out.exists() and {f.name for f in job.out.iterdir()}-{'job.json','logs'}:
             raise ValueError(f'{job.out} holds an earlier run. Go on with it by `resume=True`, or give the job another name')
@@ -74,7 +75,7 @@ def _start(self:Run, resume):
 def _note(self:Run):
     "Write job.json; returns which start this is"
     self.folder.mkdir(parents=True, exist_ok=True)
-    file,(commit,changed) = self.folder/'job.json',_commit(self.job.folder)
+    file,(commit,changed) = self.folder/'job.json',_commit(Path(fastai_fastimagenet.__file__).parent if self.job.ours else self.job.folder)
     starts = json.loads(file.read_text())['starts'] if file.exists() else []
     starts.append(dict(time=datetime.now(timezone.utc).isoformat(timespec='seconds'), cluster=repr(self.cluster), machine=self.cluster.machine, commit=commit, changed=changed))
     file.write_text(json.dumps(dict(name=self.job.name, command=self.job.argv('OUT'), starts=starts), indent=1))
@@ -97,7 +98,7 @@ def _sync(self:Run):
     with self.copying:
         there = set(task.sh(f'cd {shlex.quote(f"{task.folder}/{out}")} && find . -type f').splitlines())
         task.download(out, self.folder)
-        for f in getattr(self, 'copied', set())-there: (self.folder/f).unlink(missing_ok=True)
+        for f in self.copied-there: (self.folder/f).unlink(missing_ok=True)
         self.copied = there
 
 @patch
@@ -140,6 +141,7 @@ def _attempt(self:Run):
     over = threading.Event()
     self._again(_beat, self._touch, over)
     self._again(60*self.job.sync_minutes, self._sync, over)
+    if self.stopped: self.torchrun.stop() # While machines were replaced
     try: self.torchrun.wait(self.lines.append)
     finally: over.set()
     if self.taken: raise JobError(self.job.name, self.taken[0], f'it was taken back: {self.taken[1]}', dead=True)
@@ -193,11 +195,15 @@ def follow(self:Run,
 )->Run:
     "Show what rank 0 prints, also what it has printed before, until the run has ended; raises the `JobError` if it failed"
     n,over = 0,False
-    while not over:
-        over = self.ended.wait(.2)
-        new = self.lines[n:]
-        for line in new: out(line)
-        n += len(new)
+    try:
+        while not over:
+            over = self.ended.wait(.2)
+            new = self.lines[n:]
+            for line in new: out(line)
+            n += len(new)
+    except KeyboardInterrupt:
+        self.collect() # Who leaves `with` by this gives the machines back
+        raise
     return self.wait()
 
 @patch
