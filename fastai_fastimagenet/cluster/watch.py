@@ -9,10 +9,10 @@ __all__ = ['watchdog', 'user_data']
 import json, math, re, shlex
 from pathlib import Path
 from fastcore.meta import delegates
-import fastai_fastimagenet.cluster
+import fastai_fastimagenet
 
 # %% ../../nbs/53_cluster.watch.ipynb #99841767
-_here = Path(fastai_fastimagenet.cluster.__file__).parent
+_here = Path(fastai_fastimagenet.__file__).parent/'cluster'
 def _script(name): return (_here/f'{name}.sh').read_text()
 
 # %% ../../nbs/53_cluster.watch.ipynb #17922201
