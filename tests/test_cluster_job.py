@@ -2,7 +2,7 @@
 import json, os, signal, sys, time, urllib.request
 import psutil, pytest
 from hosts import make_hosts
-from procs import kill_all, run, start
+from procs import _env, kill_all, mark, run, start
 from fastai_fastimagenet.phase import Phase
 from fastai_fastimagenet.schedule import Schedule
 from fastai_fastimagenet.cluster.task import *
@@ -22,10 +22,7 @@ def training(data, out, schedule, **kwargs):
 
 def running(*marks):
     "Processes of runs in folders that begin with `marks`"
-    def env(p):
-        try: return p.environ().get('FASTIMAGENET_RUN', '')
-        except (psutil.NoSuchProcess,psutil.AccessDenied,FileNotFoundError): return ''
-    return [p for p in psutil.process_iter() if env(p).startswith(tuple(map(str, marks)))]
+    return [p for p in psutil.process_iter() if _env(p).get('FASTIMAGENET_RUN', '').startswith(tuple(map(str, marks)))]
 
 def until(f, what, timeout=120):
     "Wait until `f()` is true"
@@ -79,8 +76,8 @@ run_many(jobs, lambda i: LocalCluster(folder={str(tmp_path)!r}+f'/cluster{{i}}')
         assert time.monotonic()-began<40 and p.returncode and 'KeyboardInterrupt' in err and 'giving the clusters back' in out
         assert not running(tmp_path)
         assert sorted(f.name for f in (tmp_path/'runs').iterdir())==['j0','j1'] and (tmp_path/'runs/j0/here').exists()
-    finally: left = kill_all(p)
-    assert not left
+        until(lambda: not [o for o in psutil.process_iter() if _env(o).get(mark)==p.mark], 'the end of the shells in tmux', 10)
+    finally: kill_all(p)
 
 class SpotCluster(LocalCluster):
     "This machine as machines that can be taken and rented again"

@@ -83,10 +83,10 @@ print(json.dumps(dict(lookup=time.time()-began, path=os.environ.get('PYTHONPATH'
     gpus=sum(l.startswith('GPU ') for l in ask('nvidia-smi', '-L').splitlines()), versions={'python':platform.python_version(), **{p: ver(p) for p in sys.argv[2:]}})))
 '''
 
-def _needs(job):
-    "Packages that must be there -> how pip calls them"
-    ours = requires('fastai_fastimagenet') if job.ours else []
-    return {'torch':'torch', **{re.match(r'[\w.-]+', r)[0]: r for r in ours if 'extra ==' not in r}}
+def _needs(job, n):
+    "Packages that must be on each of `n` machines -> what pip is told"
+    if not job.ours: return {'torch':'torch'} if n>1 or (job.nproc or 1)>1 else {}
+    return {re.match(r'[\w.-]+', r)[0]: r for r in requires('fastai_fastimagenet') if 'extra ==' not in r}
 
 def machine_facts(
     cluster:Cluster,
@@ -94,7 +94,7 @@ def machine_facts(
     job:Job
 )->list: # A dict for each machine
     "What the machines have; `JobError` names the one that lacks something or differs from the others"
-    needs,shown = _needs(job),['torch','torchvision','fastai']
+    needs,shown = _needs(job, len(tasks)),['torch','torchvision','fastai']
     def ask(t):
         other = tasks[0 if t.rank!=tasks[0].rank else -1].address
         return json.loads(t.sh(shlex.join([cluster.python, '-', other, *dict.fromkeys([*shown, *needs])]), input=_facts))
@@ -169,7 +169,11 @@ def check_network(
     n,heard = len(run.tasks),[]
     check_reach(run)
     envs = [{**e, 'NCCL_DEBUG':'INFO'} for e in run.envs] if efa else run.envs
-    Torchrun(run.tasks, f'{run.name}-check', [[_check_name]]*n, run.python, run.nproc, envs, cwd=run.cwd).start().wait(heard.append, _check_timeout)
+    check = Torchrun(run.tasks, f'{run.name}-check', [[_check_name]]*n, run.python, run.nproc, envs, cwd=run.cwd).start()
+    try: check.wait(heard.append, _check_timeout)
+    except KeyboardInterrupt:
+        check.stop(0)
+        raise
     if efa and not any('provider is efa' in l.lower() for l in heard): say('NCCL does not use EFA, so the network is slow. Look at the drivers and the plugin aws-ofi-nccl of the image')
     say(f'All-reduce over {n*run.nproc} processes on {n} machine{"s"[:n>1]}: right')
 

@@ -35,7 +35,8 @@ def _said(lines, n=20):
 
 def _exit(code):
     memory = '; the machine may have run out of memory' if code==-signal.SIGKILL else ''
-    return f'was killed by {signal.Signals(-code).name}{memory}' if code<0 else f'ended with exit code {code}'
+    name = next((s.name for s in signal.Signals if s==-code), f'signal {-code}')
+    return f'was killed by {name}{memory}' if code<0 else f'ended with exit code {code}'
 
 def _how(code, lines):
     "How a machine's command ended, in words"
@@ -122,7 +123,7 @@ def wait(self:Torchrun,
         except queue.Empty: continue
         self.ended[i] = how
         if isinstance(how, HostDead): self.dead[i] = how
-        if how!=0: patience = min(patience, time.monotonic()+(_settle if self.stopped or self._lost(i) else 0))
+        if how!=0 and not self.stopped: patience = min(patience, time.monotonic()+(_settle if self._lost(i) else 0))
     if self.stopped: return
     late = [i for i in range(len(self.tasks)) if i not in self.ended]
     if late or any(o!=0 for o in self.ended.values()): raise self._failed(late, timeout)
