@@ -1,16 +1,16 @@
-"""A launcher that is killed: each line on standard input, a JSON dict, is done by a process of its own, of which AWS kills one at call `call`.
-It answers with 'killed' or 'ended'. The processes are forks, as importing boto3 anew takes longer than making a cluster"""
+"""A launcher that is killed: each line on standard input, a JSON dict, is done by a process of its own, which dies at once after the call it
+says. It answers with 'killed' or 'ended'. The processes are forks, as importing boto3 anew takes longer than making a cluster"""
 import json, os, signal, sys
 from aws_proxy import Aws
-import boto3
-from aws_quick import quick, order
+from aws_quick import order, quick
 
-def do(server, session, call, what):
-    server.set(faults=[dict(do='kill-after', call=call, pid=os.getpid())])
+def do(server, session, what, **call):
+    server.set(faults=[dict(call, do='kill-after', pid=os.getpid())])
     c = order(session)
     c.create() if what=='create' else c.down()
 
 if __name__=='__main__':
+    import boto3
     quick()
     server = Aws.__new__(Aws)
     server.url = os.environ['AWS_ENDPOINT_URL']

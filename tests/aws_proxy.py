@@ -96,7 +96,7 @@ class State:
         stopping=.1,    # Seconds until an instance is terminated; what it uses cannot be deleted before
         faults=[],      # Dicts; setting it restarts `count`, the number of calls. `do`: 'error' (with `code`, `message`, `status`), 'lost' (done, but
                         # no reply), 'hang' (`seconds` without reply), 'kill' or 'kill-after' (SIGKILL to process `pid`). `call`: number, `action`: name,
-                        # `times`: 1. Without `call` all calls are meant
+                        # `skip`: so many of those come before, `times`: 1. Without `call` and `action` all calls are meant
     )
     def __init__(self): self.lock,self.forward = threading.RLock(),None
 
@@ -159,9 +159,10 @@ class State:
 
     def fault(self, call):
         for f in self.faults:
-            if f.get('times', 1)>0 and f.get('call', self.count)==self.count and f.get('action', call.action)==call.action:
-                f['times'] = f.get('times', 1)-1
-                return f
+            if f.get('times', 1)<=0 or f.get('call', self.count)!=self.count or f.get('action', call.action)!=call.action: continue
+            key = 'skip' if f.get('skip') else 'times'
+            f[key] = f.get(key, 1)-1
+            if key=='times': return f
 
     def act(self, call):
         try:
@@ -236,6 +237,11 @@ class State:
         if self.pending: reply = reply[0],reply[1],reply[2].replace(b'<code>16</code><name>running</name>', b'<code>0</code><name>pending</name>')
         if token: self.tokens[token] = same,reply
         return reply
+
+    def CreateVpcEndpoint(self, call):
+        key = call.region,call.get('ClientToken', uuid.uuid4().hex)
+        if key not in self.tokens: self.tokens[key] = self.forward(call)
+        return self.tokens[key]
 
     def check_run(self, call, b, nics):
         from moto.ec2.models.instance_types import INSTANCE_TYPES
@@ -373,6 +379,11 @@ class State:
         endpoints = [e.id for e in b.vpc_end_points.values() if e.vpc_id==v and e.state!='deleted']
         groups = [g.id for g in b.groups.get(v, {}).values() if g.name!='default']
         self.refuse_if([g.id for g in b.internet_gateways.values() if g.vpc and g.vpc.id==v]+endpoints+groups, f"The vpc '{v}'")
+        return self.forward(call)
+
+    def DeleteNetworkInterface(self, call):
+        e = self.backend(call.region).enis.get(call.get('NetworkInterfaceId'))
+        if e and e.instance and e.instance._state.name!='terminated': raise Refused('InvalidNetworkInterface.InUse', f"Network interface '{e.id}' is currently in use.")
         return self.forward(call)
 
     def ReleaseAddress(self, call):

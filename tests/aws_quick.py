@@ -15,7 +15,7 @@ def quick():
     from botocore.retries import adaptive, standard
     from fastai_fastimagenet.cluster import network, rent, teardown
     stack = ExitStack()
-    for o,name,value in ((teardown,'_poll',.02), (teardown,'_second_look',.15), (rent,'_poll',.02), (rent,'_pause',.01), (network,'_again',.02),
+    for o,name,value in ((teardown,'_poll',.02), (teardown,'_second_look',.15), (teardown,'_stuck',2), (teardown,'_ending',20), (rent,'_poll',.02), (rent,'_pause',.01), (network,'_again',.02),
                          (standard.ExponentialBackoff,'delay_amount',lambda self, context: 0),
                          (adaptive.ClientRateLimiter,'on_receiving_response',lambda self, **kwargs: None)): stack.enter_context(patch.object(o, name, value))
     return stack

@@ -1,6 +1,6 @@
 """One fault at each single call of create and of down, one at a time: afterwards the cluster works, or nothing is left of it. The launcher is
 killed too, after each call. `pytest -s` shows the table"""
-import json, subprocess, sys
+import json, os, subprocess, sys
 from collections import Counter
 from pathlib import Path
 import pytest
@@ -14,7 +14,7 @@ quotas = dict(CreateVpc='VpcLimitExceeded', CreateSubnet='SubnetLimitExceeded', 
               CreatePlacementGroup='PlacementGroupLimitExceeded', CreateVpcEndpoint='VpcEndpointLimitExceeded', CreateRoute='RouteLimitExceeded',
               AllocateAddress='AddressLimitExceeded', RunInstances='MaxSpotInstanceCountExceeded')
 looks = lambda action: action.startswith(('Describe','Get','List'))
-kinds = { # Fault, and the calls where it can be
+kinds = { # Fault, and the calls where it can be; where a call changes nothing a lost answer is no answer
     'throttled': (dict(do='error', code='RequestLimitExceeded', message='Request limit exceeded.', status=503), lambda a: True),
     'unauthorized': (dict(do='error', code='UnauthorizedOperation', message='You are not authorized to perform this operation.', status=403), lambda a: True),
     'no answer': (dict(do='hang', seconds=0), lambda a: True),
@@ -25,11 +25,21 @@ made = Counter({'instance':2, 'interface':8, 'volume':2, 'address':1, 'endpoint'
 
 @pytest.fixture(scope='module')
 def world(aws_server, tmp_path_factory):
-    "A session of boto3 for all cases, and the names of the calls of an undisturbed create and down"
+    "The proxy, and a session of boto3 for all cases"
     with pytest.MonkeyPatch.context() as m, quick():
         for k,v in {**aws_server.env, 'FASTIMAGENET_HOME': str(tmp_path_factory.mktemp('home'))}.items(): m.setenv(k, v)
         yield aws_server, aws_server.session(region)
         aws_server.reset()
+
+@pytest.fixture(scope='module')
+def ready(world):
+    "Brings back a cluster that was made"
+    aws,session = world
+    aws.reset()
+    order(session).create()
+    assert kinds_of(aws.left())==made
+    aws.save()
+    return aws.restore
 
 def kinds_of(left): return Counter(next(k for k in sorted(made, key=len, reverse=True) if o.startswith(k)) for o in left)
 
@@ -39,45 +49,116 @@ def check_gone(aws, session):
     assert left==[] and aws.left()==[], (left, aws.left())
 
 def run_create(aws, session):
+    "Make the cluster; it works, or nothing is left, and the message says what it was and how to undo it"
     c = order(session)
     try: c.create()
-    except (CloudError,ValueError) as e:
-        said = str(e)+'\n'.join(c.said)
-        assert undo in said or (isinstance(e, ValueError) and not aws.left()), said
-        assert 'im in us-east-1' in said or 'vCPU' in said, said
-        left = aws.left()
-        assert left==[], f'the launch that failed left {left}; {said}'
+    except CloudError as e:
+        assert undo in str(e) and 'cluster im in us-east-1' in str(e), str(e)
+        assert aws.left()==[], f'the launch that failed left {aws.left()}; {e}; {c.said}'
         return 'removed'
-    assert len(c.instances)==2 and c.instances[0]['PublicIpAddress'] and aws.left()
+    assert len(c.instances)==2 and c.instances[0]['PublicIpAddress']
     there = kinds_of(aws.left())
     assert there['instance']==2, there
     if there!=made: check_gone(aws, session)
     return 'works'
 
 def run_down(aws, session):
+    "Remove it; if something is left the message says so, and how to try again"
     said = []
     try: left = down(session, region, 'im', said.append)
     except CloudError as e: left = [e]
+    there = aws.left()
+    if there: assert left, f'down did not say that it left {there}'
     if left: assert undo in '\n'.join(map(str, said+left)), (said, left)
-    if aws.left(): assert left, f'down did not say that it left {aws.left()}'
-    res = 'says what is left' if left else 'works'
-    if left or aws.left(): check_gone(aws, session)
-    return res
+    if left or there: check_gone(aws, session)
+    return 'again' if left else 'works'
 
-def calls_of(aws, run):
+def calls(aws, run):
+    "The calls of `run`: name, how many of that name came before"
     before = len(aws.log())
     run()
-    return [o['action'] for o in aws.log()[before:]]
+    res,seen = [],Counter()
+    for o in aws.log()[before:]:
+        res.append((o['action'], seen[o['action']]))
+        seen[o['action']] += 1
+    return res
 
-def faults(aws, session, run, start):
+def inject(aws, session, start, run):
     "Table of results: kind of fault -> Counter"
     start()
-    names = calls_of(aws, lambda: run(aws, session))
+    names = calls(aws, lambda: run(aws, session))
     table = {}
     for kind,(fault,fits) in kinds.items():
         table[kind] = Counter()
-        for n in range(1, len(names)+1):
+        for action,skip in names:
+            if not fits(action): continue
             start()
-            aws.set(faults=[{**fault, 'call': n, 'code': fault.get('code', ''), 'only': kind}])
-            table[kind][run(aws, session)] += 1
-    return table
+            aws.set(faults=[{**fault, 'action': action, 'skip': skip, **({} if 'code' in fault or fault['do']!='error' else {'code': quotas[action]})}])
+            try: table[kind][run(aws, session)] += 1
+            except AssertionError as e: raise AssertionError(f'{kind} at {action} {skip}: {e}') from e
+            hit = [o for o in aws.log() if 'fault' in o]
+            table[kind]['faults'] += len(hit)
+    return table,names
+
+def show(title, table, n):
+    columns = sorted({k for row in table.values() for k in row})
+    print(f'\n{title}, {n} calls\n| fault | '+' | '.join(columns)+' |\n|---|'+'---|'*len(columns))
+    for kind,row in table.items(): print(f'| {kind} | '+' | '.join(str(row[c]) for c in columns)+' |')
+
+def test_faults_of_create(world):
+    aws,session = world
+    table,names = inject(aws, session, aws.reset, run_create)
+    show('create', table, len(names))
+    assert len(names)==len(set(names))>30 and {'RunInstances','AllocateAddress','AssociateAddress'}<={a for a,_ in names}
+    assert sum(table['throttled'].values())==2*len(names) and table['throttled']['works']==len(names) # Repeated by botocore, or by us
+    assert table['no answer']['works']==len(names) and table['answer lost']['removed']==0
+    assert table['unauthorized']['removed'] and table['no capacity']['works']==1
+
+def test_faults_of_down(world, ready):
+    aws,session = world
+    table,names = inject(aws, session, ready, run_down)
+    show('down', table, len(names))
+    assert table['throttled']['works']==table['no answer']['works']==len(names)
+
+@pytest.fixture(scope='module')
+def launcher(world):
+    p = subprocess.Popen([sys.executable, str(Path(__file__).parent/'aws_launcher.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def run(**line):
+        p.stdin.write(json.dumps(line)+'\n')
+        p.stdin.flush()
+        return p.stdout.readline().strip()
+    yield run
+    p.stdin.close()
+    p.wait(10)
+
+def killed(world, launcher, start, run, what):
+    "Launchers that die after each call; yields where"
+    aws,session = world
+    start()
+    for action,skip in calls(aws, lambda: run(aws, session)):
+        start()
+        assert launcher(what=what, action=action, skip=skip)=='killed', (action, skip)
+        yield action,skip
+
+def test_launcher_killed_in_create(world, launcher):
+    "After each call: another launcher removes all, or makes the rest, and no more"
+    (aws,session),row = world,Counter()
+    for action,skip in killed(world, launcher, aws.reset, run_create, 'create'):
+        if not looks(action):
+            aws.save()
+            c = order(session)
+            c.create()
+            assert kinds_of(aws.left())['instance']==2==len(c.instances), (action, aws.left())
+            row['made by another'] += 1
+            check_gone(aws, session)
+            aws.restore()
+        check_gone(aws, session)
+        row['removed by another'] += 1
+    show('create', {'launcher killed': row}, row['removed by another'])
+
+def test_launcher_killed_in_down(world, launcher, ready):
+    (aws,session),row = world,Counter()
+    for action,skip in killed(world, launcher, ready, run_down, 'down'):
+        check_gone(aws, session)
+        row['removed by another'] += 1
+    show('down', {'launcher killed': row}, row['removed by another'])

@@ -2,7 +2,7 @@
 from datetime import datetime, timedelta, timezone
 import pytest
 from fastai_fastimagenet.cluster.market import *
-from fastai_fastimagenet.cluster.market import client
+from fastai_fastimagenet.cluster.cloud import client
 
 region,zones = 'us-east-1',['us-east-1a','us-east-1b','us-east-1c','us-east-1d']
 

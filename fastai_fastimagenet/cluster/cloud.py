@@ -7,8 +7,10 @@ __all__ = ['cluster_tag', 'efs_tag', 'price_tag', 'aws_kinds', 'CloudError', 'un
            'cloud_step', 'together', 'tags_of', 'id_of', 'state_of', 'tagged', 'client', 'clients']
 
 # %% ../../nbs/47_cluster.cloud.ipynb #7c2e933e
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 # %% ../../nbs/47_cluster.cloud.ipynb #9d234f45
 cluster_tag = 'fastimagenet:cluster' # Everything of a cluster carries it, with the cluster's name
@@ -21,7 +23,7 @@ class CloudError(RuntimeError):
 def undo_command(name, region): return f'fastimagenet-cluster down {name} --region {region}'
 
 def error_code(e)->str: # E.g. 'DependencyViolation'; name of the class if AWS did not answer
-    return getattr(e, 'response', {}).get('Error', {}).get('Code') or type(e).__name__
+    return (getattr(e, 'response', None) or {}).get('Error', {}).get('Code') or type(e).__name__
 
 _hints = {'VpcLimitExceeded': '. Each cluster has a VPC of its own, and a region has room for 5 until you ask for more '
                               '(Service Quotas, L-F678F1CE). `fastimagenet-cluster ls --leaks` shows clusters that are left over',
@@ -91,6 +93,7 @@ def tagged(
 
 # %% ../../nbs/47_cluster.cloud.ipynb #11b04817
 _connect,_read = 10,30 # Seconds until a call that is not answered is repeated
+_made,_one = WeakKeyDictionary(),threading.Lock() # Clients of a session, which makes one at a time
 
 def client(
     session, # Of boto3
@@ -100,8 +103,13 @@ def client(
 ):
     "Client that repeats what AWS refuses because it is busy; threads may share it"
     from botocore.config import Config
-    return session.client(service, region_name=region, config=Config(retries=dict(mode='adaptive', total_max_attempts=attempts), connect_timeout=_connect,
-                                                                     read_timeout=_read, max_pool_connections=20))
+    key = service,region,attempts
+    with _one:
+        made = _made.setdefault(session, {})
+        if key not in made:
+            cfg = Config(retries=dict(mode='adaptive', total_max_attempts=attempts), connect_timeout=_connect, read_timeout=_read, max_pool_connections=20)
+            made[key] = session.client(service, region_name=region, config=cfg)
+        return made[key]
 
 def clients(session, region:str)->tuple:
     "Clients for EC2 and EFS, where all that belongs to a cluster is"
