@@ -138,10 +138,16 @@ def test_lookups_that_fail(aws, tmp_path):
     denied = dict(do='error', action='DescribeVolumes', code='UnauthorizedOperation')
     aws.set(faults=[dict(denied, times=1000)])
     with pytest.raises(CloudError, match='volumes in us-east-1.*UnauthorizedOperation'): resources(session(aws), region)
+    assert [(c.name,c.unknown,c.others) for c in clusters(session(aws), region)]==[('demo',['volume'],7)]
     left,said = take_down(aws)
     assert [(r.kind,r.id) for r in left]==[('volume','?')] and left[0].billable and 'UnauthorizedOperation' in said and 'Try again: fastimagenet-cluster down demo' in said
     aws.set(faults=[denied])
     assert take_down(aws)[0]==[] and aws.left()==[]
+
+def test_a_name_is_needed(aws):
+    for name in (None,''):
+        with pytest.raises(ValueError, match='Which cluster'): take_down(aws, name)
+    assert not aws.log()
 
 def test_without_credentials(aws, monkeypatch):
     import boto3
@@ -181,3 +187,5 @@ def test_leaks_in_all_regions(aws, tmp_path):
     aws.set(faults=[dict(do='error', action='DescribeVpcs', code='UnauthorizedOperation', message='not in this region')])
     found,refused = leaks(session(aws))
     assert [l.region for l in found]==['eu-west-1'] and len(refused)==1 and 'not in this region' in list(refused.values())[0]
+    aws.set(faults=[dict(do='error', action='DescribeRegions', code='UnauthorizedOperation')])
+    with pytest.raises(CloudError, match='does not list its regions.*UnauthorizedOperation'): leaks(session(aws))

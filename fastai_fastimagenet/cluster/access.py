@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ssh_key', 'my_cidr', 'check_cidr']
 
-# %% ../../nbs/48_cluster.access.ipynb #4719d3d3
-import ipaddress, os, subprocess, tempfile, urllib.request
+# %% ../../nbs/48_cluster.access.ipynb #db77d11a
+import http.client, ipaddress, os, subprocess, tempfile, urllib.request
 from pathlib import Path
 from .cloud import *
 
@@ -40,7 +40,7 @@ def my_cidr(
     "Address of this machine on the internet"
     try:
         with urllib.request.urlopen(url, timeout=timeout) as r: return f'{ipaddress.IPv4Address(r.read(64).decode().strip())}/32'
-    except (OSError,ValueError) as e:
+    except (OSError,ValueError,http.client.HTTPException) as e:
         raise CloudError(f"{url} did not say from which address this machine reaches the internet: {e}. Say it yourself: ssh_from='a.b.c.d/32'") from None
 
 def check_cidr(

@@ -32,7 +32,8 @@ class Resource:
 
     def __str__(self):
         cost = ', which costs money' if self.usd is None else f', about ${self.usd:.3g} per hour' if self.usd else ''
-        return f'{self.kind} {self.id} of cluster {self.cluster} in {self.region}{cost}'
+        what = f'{self.kind}s that cannot be looked up' if self.id=='?' else f'{self.kind} {self.id}'
+        return f'{what} of cluster {self.cluster} in {self.region}{cost}'
 
 def _usd(kind, o):
     if kind=='instance': return 0. if state_of(o)=='shutting-down' else float(tags_of(o)[price_tag]) if price_tag in tags_of(o) else None
@@ -99,6 +100,7 @@ class ClusterState:
     price:float # USD per hour of all machines; None if some are not tagged with it
     cost:float # USD until now, of the machines that are still there
     others:int # Other things that belong to it
+    unknown:list # Kinds of things that could not be looked up
 
 def _time(s):
     try: t = datetime.fromisoformat(s.replace('Z', '+00:00'))
@@ -112,7 +114,7 @@ def _by_cluster(rs):
 
 def machines_of(rs): return [r for r in rs if r.kind=='instance']
 
-def _cluster_state(name, region, rs):
+def _cluster_state(name, region, rs, unknown):
     ms = machines_of(rs)
     run = [r for r in ms if state_of(r.raw) in ('pending','running')]
     tags = tags_of(max(run or ms or rs, key=lambda r: (r.raw.get('LaunchTime', datetime.min.replace(tzinfo=timezone.utc)))).raw)
@@ -123,14 +125,17 @@ def _cluster_state(name, region, rs):
     return ClusterState(name, region, tags.get('fastimagenet:generation', ''), len(run), {s: states.count(s) for s in dict.fromkeys(states)},
         join(lambda o: o['InstanceType']), join(lambda o: o['Placement']['AvailabilityZone']), join(lambda o: o.get('InstanceLifecycle', 'on-demand')),
         min((o['LaunchTime'] for o in raws), default=None), _time(tags.get('fastimagenet:expires')), tags.get('fastimagenet:owner', ''),
-        sum(r.usd for r in run) if known else None, sum(r.usd*(now-r.raw['LaunchTime']).total_seconds()/3600 for r in run) if known else None, len(rs)-len(ms))
+        sum(r.usd for r in run) if known else None, sum(r.usd*(now-r.raw['LaunchTime']).total_seconds()/3600 for r in run) if known else None, len(rs)-len(ms), unknown)
 
 def clusters(
     session, # Of boto3
     region:str
 )->list: # Of `ClusterState`, by name
-    "All clusters in `region`, also those that are half made or half removed"
-    return [_cluster_state(n, region, rs) for n,rs in sorted(_by_cluster(resources(session, region)).items())]
+    "All clusters in `region`, also those that are half made or half removed; `CloudError` if machines cannot be looked up"
+    found,failed = look(*clients(session, region), region)
+    for r in failed:
+        if r.kind=='instance': raise CloudError(f'Looking for machines in {region} failed: {r.why}')
+    return [_cluster_state(n, region, rs, [r.kind for r in failed]) for n,rs in sorted(_by_cluster(found).items())]
 
 # %% ../../nbs/49_cluster.inventory.ipynb #74614dad
 @dataclass

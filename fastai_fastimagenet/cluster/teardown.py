@@ -50,6 +50,8 @@ _removers = {
 def _is_gone(e): return 'NotFound' in error_code(e) or error_code(e) in ('InvalidPlacementGroup.Unknown','Gateway.NotAttached')
 def _in_use(e): return error_code(e)=='DependencyViolation' or 'InUse' in error_code(e) or error_code(e).startswith('Incorrect')
 
+def _of(rs, *kinds): return [r for r in rs if r.kind in kinds and r.id!='?'] # What could not be looked up has no id
+
 class _Down:
     def __init__(self, ec2, efs, region, name, say):
         self.ec2,self.efs,self.region,self.name,self.say = ec2,efs,region,name,say
@@ -65,11 +67,14 @@ class _Down:
         if not in_use: self.refused[r.kind,r.id] = self.refused.get((r.kind,r.id), 0)+1
 
     def attempt(self, rs, f, *args, **kw):
-        "Call AWS to remove `rs`, and note why it did not"
+        "Call AWS to remove `rs`; if it does not, note why and return False"
         try: f(*args, **kw)
         except aws_errors() as e:
-            if _is_gone(e): return
-            for r in rs: self.note(r, str(e), _in_use(e))
+            if not _is_gone(e):
+                for r in rs: self.note(r, str(e), _in_use(e))
+                return False
+        for r in rs: self.why.pop((r.kind,r.id), None)
+        return True
 
     def tell(self, text):
         if text not in self.told: self.say(text)
@@ -82,19 +87,18 @@ class _Down:
             live = [r for r in rs if state_of(r.raw)!='shutting-down']
             if live:
                 self.tell(f'Ending {len(live)} machine{"s"[:len(live)>1]}')
-                self.attempt(live, self.ec2.terminate_instances, InstanceIds=[r.id for r in live])
-            if any(('instance',r.id) in self.refused for r in live): return
+                if not self.attempt(live, self.ec2.terminate_instances, InstanceIds=[r.id for r in live]): return
             self.tell('Waiting until the machines are gone, which takes AWS a minute or more')
             time.sleep(_poll)
-            rs = machines_of(self.look(['instance']))
+            rs = _of(self.look(['instance']), 'instance')
 
     def remove(self, rs):
-        spot = [r for r in rs if r.kind=='spot request']
+        spot,machines = _of(rs, 'spot request'),_of(rs, 'instance')
         if spot: self.attempt(spot, self.ec2.cancel_spot_instance_requests, SpotInstanceRequestIds=[r.id for r in spot])
-        if machines_of(rs):
-            self.end_machines(machines_of(rs))
+        if machines:
+            self.end_machines(machines)
             rs = self.look() # Most disks and network interfaces went with them
-        for kinds in _stages: together(*(partial(self.attempt, [r], _removers[r.kind], self.ec2, self.efs, r) for r in rs if r.kind in kinds and r.id!='?'))
+        for kinds in _stages: together(*(partial(self.attempt, [r], _removers[r.kind], self.ec2, self.efs, r) for r in _of(rs, *kinds)))
 
     def sweep(self):
         "Rounds until nothing is left, or nothing moves; returns what is left"
@@ -120,6 +124,7 @@ def down(
     again:bool=False # Look a second time even if nothing was found? After a launch that failed
 )->list: # Of `Resource`: what is left, and why
     "Remove everything with the tag of cluster `name`, in any state it is in; may be repeated"
+    if not name: raise ValueError('Which cluster? `name` is empty')
     d,began = _Down(*clients(session, region), region, name, say),time.monotonic()
     left = d.sweep()
     wait = began+_second_look-time.monotonic()
