@@ -40,7 +40,7 @@ def _table(schedule):
 def _check_script(script, folder):
     if script.endswith('.py'):
         if Path(script).is_absolute() or not (folder/script).is_file():
-            raise ValueError(f'No file {script} in {folder.resolve()}: `script` is a Python file below `folder`, or the name of a module')
+            raise ValueError(f'No file {script} in {folder}: `script` is a Python file below `folder`, or the name of a module')
     elif not all(o.isidentifier() for o in script.split('.')):
         raise ValueError(f"`script` must be a Python file, or the name of a module like 'fastai_fastimagenet.train', got {script!r}")
 
@@ -65,7 +65,7 @@ class Job:
         **args # Options of the script: `lr=.1` becomes `--lr .1`
     ):
         store_attr('script,nodes,nproc,setup,grace,sync_minutes,max_relaunch')
-        self.folder,self.env,self.secrets,self.args = Path(folder),env or {},secrets or {},args
+        self.folder,self.env,self.secrets,self.args = Path(folder).expanduser().resolve(),env or {},secrets or {},args
         _check_script(script, self.folder)
         self.ours = script.startswith('fastai_fastimagenet.')
         self.name = name or f'{Path(script).stem if script.endswith(".py") else script.split(".")[-1]}-{datetime.now():%Y%m%d-%H%M%S}-{_secrets.token_hex(2)}'

@@ -9,6 +9,7 @@ __all__ = ['Run']
 import json, shlex, subprocess, threading, time
 from datetime import datetime, timezone
 from pathlib import Path
+import fastai_fastimagenet
 from fastcore.basics import patch, store_attr
 from .task import *
 from .job import *
@@ -34,12 +35,15 @@ class Run:
         say=print # Called with what happens besides training
     ):
         store_attr()
-        self.folder,self.lines,self.error,self.taken,self.stopped,self.replaced = job.out,[],None,None,False,0
+        self.folder,self.lines,self.copied,self.error,self.taken,self.stopped,self.replaced = job.out,[],set(),None,None,False,0
         self.ended,self.copying = threading.Event(),threading.Lock()
         if not resume and job.out.exists() and {f.name for f in job.out.iterdir()}-{'job.json','logs'}:
             raise ValueError(f'{job.out} holds an earlier run. Go on with it by `resume=True`, or give the job another name')
         self.began = time.monotonic()
-        self._start(resume)
+        try: self._start(resume)
+        except (JobError,HostError,ClusterError) as e:
+            e.grace = job.grace
+            raise
         threading.Thread(target=self._watch, daemon=True).start()
 
     @property
@@ -74,7 +78,7 @@ def _start(self:Run, resume):
 def _note(self:Run):
     "Write job.json; returns which start this is"
     self.folder.mkdir(parents=True, exist_ok=True)
-    file,(commit,changed) = self.folder/'job.json',_commit(self.job.folder)
+    file,(commit,changed) = self.folder/'job.json',_commit(Path(fastai_fastimagenet.__file__).parent if self.job.ours else self.job.folder)
     starts = json.loads(file.read_text())['starts'] if file.exists() else []
     starts.append(dict(time=datetime.now(timezone.utc).isoformat(timespec='seconds'), cluster=repr(self.cluster), machine=self.cluster.machine, commit=commit, changed=changed))
     file.write_text(json.dumps(dict(name=self.job.name, command=self.job.argv('OUT'), starts=starts), indent=1))
@@ -97,7 +101,7 @@ def _sync(self:Run):
     with self.copying:
         there = set(task.sh(f'cd {shlex.quote(f"{task.folder}/{out}")} && find . -type f').splitlines())
         task.download(out, self.folder)
-        for f in getattr(self, 'copied', set())-there: (self.folder/f).unlink(missing_ok=True)
+        for f in self.copied-there: (self.folder/f).unlink(missing_ok=True)
         self.copied = there
 
 @patch
@@ -113,6 +117,12 @@ def collect(self:Run):
         elif task.sh(f'ls -A {shlex.quote(f"{task.folder}/out/{self.job.name}")}'): task.download(f'out/{self.job.name}', self.folder/task.name)
     raise_errors(in_parallel(get, len(alive)))
 
+@patch
+def _rescue(self:Run):
+    "Bring home what can be"
+    try: self.collect()
+    except (HostError,ClusterError) as e: self.say(f'Not brought home: {e}')
+
 # %% ../../nbs/61_cluster.run.ipynb #0346b835
 @patch
 def _again(self:Run, seconds, f, over):
@@ -124,25 +134,26 @@ def _again(self:Run, seconds, f, over):
     threading.Thread(target=loop, daemon=True).start()
 
 @patch
-def _touch(self:Run):
+def _touch(self:Run, run, over):
     def touch(i):
-        t = self.torchrun.tasks[i]
+        t = run.tasks[i]
         note = t.sh(f'cd {shlex.quote(t.folder)} && mkdir -p watch && touch watch/lease && cat watch/interrupted 2>/dev/null || true', timeout=30)
-        if note and not self.taken:
+        if note and not self.taken and not over.is_set():
             self.taken = (t.name, ' '.join(note.split()))
             self.say(f'{t.name} is taken back: {self.taken[1]}')
-            self.torchrun.stop(grace=45) # Training saves its state; there are two minutes in all
-    in_parallel(touch, len(self.torchrun.tasks))
+            run.stop(grace=45) # Training saves its state; there are two minutes in all
+    in_parallel(touch, len(run.tasks))
 
 @patch
 def _attempt(self:Run):
     "Until training ends; `JobError` if it fails or a machine is taken"
-    over = threading.Event()
-    self._again(_beat, self._touch, over)
+    over,run = threading.Event(),self.torchrun
+    self._again(_beat, lambda: self._touch(run, over), over)
     self._again(60*self.job.sync_minutes, self._sync, over)
-    try: self.torchrun.wait(self.lines.append)
+    if self.stopped: run.stop() # While machines were replaced
+    try: run.wait(self.lines.append)
     finally: over.set()
-    if self.taken: raise JobError(self.job.name, self.taken[0], f'it was taken back: {self.taken[1]}', dead=True)
+    if self.taken and any(run.ended.values()): raise JobError(self.job.name, self.taken[0], f'it was taken back: {self.taken[1]}', dead=True)
 
 @patch
 def _watch(self:Run):
@@ -156,8 +167,7 @@ def _watch(self:Run):
     except Exception as e:
         self.error = e
         if isinstance(e, JobError): e.name,e.grace,e.logs = self.job.name,self.job.grace,self.folder/'logs'
-        try: self.collect()
-        except (HostError,ClusterError) as e2: self.say(f'Not brought home: {e2}')
+        self._rescue()
     finally:
         self.minutes = (time.monotonic()-self.began)/60
         self.ended.set()
@@ -168,8 +178,7 @@ def _replace(self:Run, e):
     "After failure `e`: start again on new machines? Not if the program itself failed"
     spot = getattr(self.cluster, 'relaunch', None) and getattr(self.cluster, 'spot', False)
     if not (e.dead and spot) or self.stopped or self.replaced>=self.job.max_relaunch: return False
-    try: self.collect()
-    except (HostError,ClusterError): pass # A dead machine has nothing to give
+    self._rescue()
     self.say(f'{e.node}: {e.how}. Start again on new machines')
     self.taken,self.copied = None,set()
     self.replaced += 1
@@ -193,11 +202,15 @@ def follow(self:Run,
 )->Run:
     "Show what rank 0 prints, also what it has printed before, until the run has ended; raises the `JobError` if it failed"
     n,over = 0,False
-    while not over:
-        over = self.ended.wait(.2)
-        new = self.lines[n:]
-        for line in new: out(line)
-        n += len(new)
+    try:
+        while not over:
+            over = self.ended.wait(.2)
+            new = self.lines[n:]
+            for line in new: out(line)
+            n += len(new)
+    except KeyboardInterrupt:
+        self._rescue() # Who leaves `with` by this gives the machines back
+        raise
     return self.wait()
 
 @patch

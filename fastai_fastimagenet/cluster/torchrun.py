@@ -33,7 +33,10 @@ def _said(lines, n=20):
     own = next((i for i,l in enumerate(lines) if _report.search(l)), len(lines))
     return list(lines)[:own][-n:]
 
-def _exit(code): return f'was killed by {signal.Signals(-code).name}' if code<0 else f'ended with exit code {code}'
+def _exit(code):
+    memory = '; the machine may have run out of memory' if code==-signal.SIGKILL else ''
+    name = next((s.name for s in signal.Signals if s==-code), f'signal {-code}')
+    return f'was killed by {name}{memory}' if code<0 else f'ended with exit code {code}'
 
 def _how(code, lines):
     "How a machine's command ended, in words"
@@ -120,7 +123,7 @@ def wait(self:Torchrun,
         except queue.Empty: continue
         self.ended[i] = how
         if isinstance(how, HostDead): self.dead[i] = how
-        if how!=0: patience = min(patience, time.monotonic()+(_settle if self.stopped or self._lost(i) else 0))
+        if how!=0 and not self.stopped: patience = min(patience, time.monotonic()+(_settle if self._lost(i) else 0))
     if self.stopped: return
     late = [i for i in range(len(self.tasks)) if i not in self.ended]
     if late or any(o!=0 for o in self.ended.values()): raise self._failed(late, timeout)
@@ -144,9 +147,11 @@ def _failed(self:Torchrun, late, timeout):
     "The `JobError`, when all is ended"
     self.stop()
     self.ended.update(self.dead)
-    bad = sorted((i for i,o in self.ended.items() if o!=0), key=lambda i: (i not in self.dead, self._lost(i))) or late
+    failed = sorted((i for i,o in self.ended.items() if o!=0), key=lambda i: (i not in self.dead, self._lost(i)))
+    hang = [] if failed and not self._lost(failed[0]) else sorted((i for i in late if i not in self.dead), key=lambda i: len(self.heard[i]))
+    bad = hang+failed
     def how(i):
-        if i not in self.ended: return f'did not end within {timeout:g} s'
+        if i in hang: return 'hangs, and the others gave up waiting' if failed else f'did not end within {timeout:g} s'
         return self.ended[i].what.partition(', while ')[0] if isinstance(self.ended[i], HostError) else _how(self.ended[i], self.heard[i])
     first,name = bad[0],self.tasks[0].name
     lines = _said(self.heard[first]) or [*([f'{name} said last:'] if self.heard[0] else []), *_said(self.heard[0])]
