@@ -309,17 +309,15 @@ class State:
         from moto.ec2.models.instances import InstanceState
         b,ids = self.backend(call.region),call.many('InstanceId')
         with self.unseen(call.region):
-            going = [i for i in b.all_instances() if i.id in ids and i._state.name not in ('terminated','shutting-down')]
-            kept = {k: (e,e.public_ip) for k,e in b.enis.items() if e.instance in going}
+            asked = {i: i._state.name for i in b.all_instances() if i.id in ids and i._state.name!='terminated'}
+            kept = {k: (e,e.public_ip) for k,e in b.enis.items() if e.instance in asked}
             reply = self.forward(call)
         if reply[0]!=200: return reply
-        for i in going:
+        for i,before in asked.items():
             i._state = InstanceState('shutting-down', 32)
-            self.waiting.append((time.monotonic()+self.stopping, i, 'terminated'))
+            if before!='shutting-down': self.waiting.append((time.monotonic()+self.stopping, i, 'terminated'))
         for k,(e,ip) in kept.items(): # Until the instance is terminated it has them
             b.enis[k],e.public_ip = e,ip
-        for i in b.all_instances(): # moto takes interfaces and addresses from those that are gone already
-            if i.id in ids and i not in going and i._state.name=='terminated': self.vanish(i)
         self.tick(call.region)
         return reply
 
@@ -477,7 +475,10 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
     do_GET = do_POST = do_PUT = do_DELETE = do
 
-class Server(ThreadingHTTPServer): daemon_threads,request_queue_size = True,256
+class Server(ThreadingHTTPServer):
+    daemon_threads,request_queue_size = True,256
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError): super().handle_error(request, client_address) # A launcher was killed
 
 def serve(port=0):
     "Start moto and the proxy; address of both"

@@ -1,5 +1,5 @@
 """One fault at each single call of create and of down, one at a time: afterwards the cluster works, or nothing is left of it. The launcher is
-killed too, after each call. `pytest -s` shows the table"""
+killed too, after each call. Prints the table"""
 import json, os, subprocess, sys
 from collections import Counter
 from pathlib import Path
@@ -100,12 +100,16 @@ def inject(aws, session, start, run):
             table[kind]['faults'] += len(hit)
     return table,names
 
-def show(title, table, n):
-    columns = sorted({k for row in table.values() for k in row})
-    print(f'\n{title}, {n} calls\n| fault | '+' | '.join(columns)+' |\n|---|'+'---|'*len(columns))
-    for kind,row in table.items(): print(f'| {kind} | '+' | '.join(str(row[c]) for c in columns)+' |')
+@pytest.fixture
+def show(capsys):
+    def show(title, table, n):
+        columns = sorted({k for row in table.values() for k in row})
+        with capsys.disabled():
+            print(f'\n{title}, {n} calls\n| fault | '+' | '.join(columns)+' |\n|---|'+'---|'*len(columns))
+            for kind,row in table.items(): print(f'| {kind} | '+' | '.join(str(row[c]) for c in columns)+' |')
+    return show
 
-def test_faults_of_create(world):
+def test_faults_of_create(world, show):
     aws,session = world
     table,names = inject(aws, session, aws.reset, run_create)
     show('create', table, len(names))
@@ -114,7 +118,7 @@ def test_faults_of_create(world):
     assert table['no answer']['works']==len(names) and table['answer lost']['removed']==0
     assert table['unauthorized']['removed'] and table['no capacity']['works']==1
 
-def test_faults_of_down(world, ready):
+def test_faults_of_down(world, ready, show):
     aws,session = world
     table,names = inject(aws, session, ready, run_down)
     show('down', table, len(names))
@@ -140,7 +144,7 @@ def killed(world, launcher, start, run, what):
         assert launcher(what=what, action=action, skip=skip)=='killed', (action, skip)
         yield action,skip
 
-def test_launcher_killed_in_create(world, launcher):
+def test_launcher_killed_in_create(world, launcher, show):
     "After each call: another launcher removes all, or makes the rest, and no more"
     (aws,session),row = world,Counter()
     for action,skip in killed(world, launcher, aws.reset, run_create, 'create'):
@@ -156,7 +160,7 @@ def test_launcher_killed_in_create(world, launcher):
         row['removed by another'] += 1
     show('create', {'launcher killed': row}, row['removed by another'])
 
-def test_launcher_killed_in_down(world, launcher, ready):
+def test_launcher_killed_in_down(world, launcher, ready, show):
     (aws,session),row = world,Counter()
     for action,skip in killed(world, launcher, ready, run_down, 'down'):
         check_gone(aws, session)

@@ -1,8 +1,9 @@
 "The watchdog in all its cases: a real bash process, a work folder, a harmless power-off command, and a clock that the test moves"
-import http.server, json, os, shutil, subprocess, sys, threading, time, uuid
+import http.server, json, os, shlex, shutil, subprocess, sys, threading, time, uuid
 from email import message_from_string
 from pathlib import Path
 import pytest, yaml
+from fastai_fastimagenet.cluster.local import LocalTask
 from fastai_fastimagenet.cluster.watch import user_data, watchdog
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='machines are Linux')
@@ -158,16 +159,36 @@ def test_newest_run_decides(machine):
     assert 'run b is done' in machine.why and new.exists()
 
 def test_any_active_run_counts(machine):
-    "The newest is done, the one before still runs"
-    machine.run('old', log='')
-    os.utime(machine.folder/'runs/old/run.sh', (1,1))
+    "The newest is done; one whose `run.sh` has an older date, since the clock was corrected, begins and ends after it"
     machine.run('new', status=0)
     machine.start(done=5, hung=30)
+    assert not machine.wait(2*minute)
+    machine.run('old', log='')
+    os.utime(machine.folder/'runs/old/run.sh', (1,1))
     assert not machine.wait(29*minute)
     (machine.folder/'runs/old/status').write_text('0')
     machine.wait()
     assert not machine.wait(4*minute) # Counted from the end of the last one
     assert machine.wait(minute)
+
+def test_run_begins_and_ends_between_two_looks(machine):
+    run = machine.run('a', status=0)
+    machine.start(done=5)
+    assert not machine.wait(4*minute)
+    (run/'status').unlink()
+    (run/'status').write_text('0')
+    machine.wait()
+    assert not machine.wait(4*minute)
+    assert machine.wait(minute)
+
+def test_run_without_exit_code_goes_on(machine):
+    "Its status is empty, since the disk was full when it was written, or something else has that name"
+    machine.run('a', log='', status='')
+    (machine.run('b', log='')/'status').mkdir()
+    machine.start(done=5, failed=20, hung=60)
+    assert not machine.wait(59*minute)
+    assert machine.wait(minute)
+    assert 'hung: no progress for 3600 s in a b' in machine.why
 
 def test_hung(machine):
     "A launcher that is alive does not help"
@@ -183,12 +204,11 @@ def test_hung(machine):
     assert 'hung: no progress for' in machine.why and machine.why.endswith('in a')
 
 def test_one_of_two_runs_makes_progress(machine):
-    machine.run('a', log='')
-    run = machine.run('b', log='')
+    runs = [machine.run(o, log='') for o in 'ab']
     machine.start(hung=30)
-    for i in range(3):
+    for i in (0,1,0,0,1,1):
         assert not machine.wait(20*minute)
-        (run/'log').write_text(f'{i}')
+        (runs[i]/'log').write_text(str(uuid.uuid4()))
         machine.wait()
     assert machine.wait(30*minute)
 
@@ -291,6 +311,7 @@ def test_disk_is_full(machine):
         return machine.off
     until(later, 'power off')
     assert 'power off: no launcher and no run for' in machine.console
+    assert not os.path.lexists(machine.folder/'watch/age') # Not half written
 
 class Metadata(http.server.BaseHTTPRequestHandler):
     "EC2's metadata service, version 2: a token first"
@@ -349,6 +370,24 @@ def test_spot_notice(machine, metadata):
     log = (machine.folder/'watch/log').read_text()
     assert log.count('EC2 takes this machine back')==1
     assert [log.count(f'process {p.pid} ') for p in (train,late,plain,ended)]==[1,1,0,0]
+
+def test_what_a_task_runs(machine, metadata):
+    "From the start of a run to the end of the machine, with the files and marks that `Task.run` makes"
+    machine.imds = f'http://127.0.0.1:{metadata.server_port}'
+    task = LocalTask('rank0', 0, str(machine.folder))
+    code = 'import signal\nsignal.signal(signal.SIGUSR1, lambda *args: print("checkpoint"))\nprint("ready")\nsignal.pause()'
+    try:
+        run = task.run(f'{sys.executable} -uc {shlex.quote(code)}', name='train', wait=False)
+        until(lambda: 'ready' in run.tail(), 'the run')
+        machine.start(done=5, hung=30)
+        assert not machine.wait(29*minute)
+        metadata.note = '{"action": "terminate"}'
+        assert run.wait(patience)==0 and run.tail()==['ready','checkpoint']
+        machine.wait()
+        assert not machine.wait(4*minute)
+        assert machine.wait(minute)
+        assert 'run train is done' in machine.why
+    finally: task.end(0)
 
 # From the first boot on
 

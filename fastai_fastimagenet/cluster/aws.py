@@ -43,6 +43,7 @@ def _adopt(self:AWSCluster, found):
         if self.address.get('NetworkInterfaceId')!=nic:
             with self._step('Giving rank 0 its public address'):
                 self.ec2.associate_address(AllocationId=self.address['AllocationId'], NetworkInterfaceId=nic, AllowReassociation=True)
+            self.address = {**self.address, 'NetworkInterfaceId': nic}
         first['PublicIpAddress'] = self.address['PublicIp']
     self.instances,self.generation,self._tasks = found,max(self.generation, generation_of(first)),None
     ends = tags_of(first).get('fastimagenet:expires')
@@ -232,8 +233,9 @@ def __exit__(self:AWSCluster, kind, e, tb):
 @patch
 def _stay(self:AWSCluster):
     self._over.set()
+    look = f'ssh -F {self.ssh_config()} rank0' if (self.folder/'key').exists() else 'from the laptop that made it'
     self.say(f'The machines stay for {self.watch.get("failed", 20):g} minutes if nobody comes; touch ~/fastimagenet/watch/hold on them to keep them for an hour\n'
-             f'To look: ssh -F {self.folder/"ssh_config"} rank0\nTo remove it: {self.undo}')
+             f'To look: {look}\nTo remove it: {self.undo}')
 
 # %% ../../nbs/57_cluster.aws.ipynb #ed7187d2
 @patch

@@ -44,7 +44,7 @@ def cloud_step(
     "Errors of AWS become a `CloudError` that names `what`, the cluster and the command that undoes it"
     try: yield
     except aws_errors() as e:
-        raise CloudError(f'{what} of cluster {name} in {region} failed: {e}{_hints.get(error_code(e), "")}. '
+        raise CloudError(f'{what} of cluster {name} in {region} failed: {str(e).rstrip(".")}{_hints.get(error_code(e), "")}. '
                          f'What was made is removed by: {undo_command(name, region)}') from e
 
 # %% ../../nbs/47_cluster.cloud.ipynb #f914b172

@@ -11,18 +11,21 @@ from fastcore.basics import store_attr
 
 # %% ../../nbs/54_cluster.dryrun.ipynb #49b34dab
 _likely = ('available','running','x86_64') # What is hoped for where AWS knows a few values only
+_there = ('DescribeRouteTables','DescribeInstances','DescribeInstanceTypes','DescribeInstanceTypeOfferings','DescribeImages') # These find something
+_inside = ('Instances','NetworkInterfaces') # A new thing has nothing else in it
 
-def _answer(shape, given, nodes, name=''):
+def _answer(shape, given, nodes, name='', depth=0):
     "Something of `shape`; what has the name of something that was `given` has its value"
-    sub = lambda s,n: _answer(s, given, nodes, n)
+    sub = lambda s,n: _answer(s, given, nodes, n, depth+1)
     if shape is None: return {}
-    if shape.type_name=='structure': return {k: sub(s, k) for k,s in shape.members.items()} if name not in ('ResponseMetadata','NextToken') else {}
+    if shape.type_name=='structure': return {k: sub(s, k) for k,s in shape.members.items()} if name!='ResponseMetadata' else {}
     if shape.type_name=='list':
-        if shape.member.type_name=='string' and not shape.member.enum: return []
-        return [sub(shape.member, name)]*(nodes if name=='Instances' else len(given[name]) if isinstance(given.get(name), list) else 1)
+        if shape.member.type_name=='string': return [sub(shape.member, name)] if shape.member.enum else []
+        n = nodes if name=='Instances' else len(given[name]) if isinstance(given.get(name), list) else 1
+        return [sub(shape.member, name)]*n if depth==1 or name in _inside else []
     if shape.type_name=='string':
         if shape.enum: return next((o for o in _likely if o in shape.enum), shape.enum[0])
-        return given[name] if isinstance(given.get(name), str) else '' if name=='NextToken' else f'<{name}>'
+        return given[name] if isinstance(given.get(name), str) else '' if name=='NextToken' else f'NEW-{name}-'.ljust(20, '0') # Some ids have a least length
     return dict(timestamp=datetime.now(timezone.utc), boolean=False, map={}).get(shape.type_name, 0)
 
 def _texts(o):
@@ -56,7 +59,7 @@ class DryRun:
         from botocore.exceptions import NoCredentialsError
         given,name = context.get('given', {}),model.name
         looks = name.startswith(('Describe','Get','List'))
-        about_new = any(t.startswith('<') for t in _texts(given)) or (self.nodes and name=='DescribeInstances')
+        about_new = any(t.startswith('NEW-') for t in _texts(given)) or (self.nodes and name=='DescribeInstances')
         if looks and not about_new and not self.blind: return
         if not looks: self.calls.append((model.service_model.service_name, name, given))
         elif not about_new and name not in self.unknown: self.unknown.append(name)
@@ -64,7 +67,7 @@ class DryRun:
         if name=='RunInstances':
             self.nodes = given['MaxCount']
             self.known.update(given) # Machines are described as they were ordered
-        absent = looks and not about_new and any(t.startswith('tag:') for t in _texts(given))
+        absent = looks and name not in _there or not about_new and any(t.startswith('tag:') for t in _texts(given))
         res = _answer(model.output_shape, {**self.known, **given}, self.nodes or 1)
         if absent: res = {k: [] if isinstance(v, list) else v for k,v in res.items()}
         return AWSResponse('', 200, {}, None),res

@@ -1,0 +1,309 @@
+"AWSCluster against moto behind the proxy"
+import json, os, signal, subprocess, sys, threading, time
+from collections import Counter
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+import pytest
+from aws_proxy import image
+from aws_quick import order, quick
+from fastai_fastimagenet.cluster import aws as aws_module, rent, teardown
+from fastai_fastimagenet.cluster.aws import *
+from fastai_fastimagenet.cluster.cloud import *
+from fastai_fastimagenet.cluster.rent import *
+from fastai_fastimagenet.cluster.task import *
+
+region = 'us-east-1'
+changes = lambda actions: Counter({a: n for a,n in actions.items() if not a.startswith(('Describe','Get','List'))})
+
+@pytest.fixture
+def session(aws):
+    with quick(): yield aws.session(region)
+
+def test_create_show_down(aws, session):
+    "1, 4, 16 and 64 machines: the calls are as many"
+    counts = []
+    for nodes in (1,4,16,64):
+        aws.reset()
+        c = order(session, nodes, machine='g6.xlarge').create()
+        made = aws.actions()
+        assert [i['AmiLaunchIndex'] for i in c.instances]==list(range(nodes)) and made['RunInstances']==1
+        [found] = teardown.clusters(session, region)
+        assert (found.name,found.nodes,found.machine,found.zone,found.market,found.generation)==('im',nodes,'g6.xlarge','us-east-1a','spot','1')
+        assert found.price==pytest.approx(nodes*.8048*.35, rel=1e-3) and 0<=c.cost<.1
+        before = aws.actions()
+        assert c.down()==[] and aws.left()==[] and teardown.clusters(session, region)==[]
+        counts.append((changes(made), made.total()-made['DescribeInstances'], changes(aws.actions()-before)))
+    assert counts[1]==counts[2]==counts[3]
+    assert counts[1][0]-counts[0][0]==Counter(CreatePlacementGroup=1)
+
+def test_nothing_is_left_says_moto_itself(aws, session, monkeypatch):
+    c = order(session).create()
+    c.down()
+    monkeypatch.setenv('AWS_ENDPOINT_URL', aws.moto)
+    ec2 = aws.session(region).client('ec2')
+    assert all(i['State']['Name']=='terminated' for r in ec2.describe_instances()['Reservations'] for i in r['Instances'])
+    assert not [v for v in ec2.describe_vpcs()['Vpcs'] if not v['IsDefault']] and not ec2.describe_key_pairs()['KeyPairs']
+    for op,key in (('volumes','Volumes'), ('network_interfaces','NetworkInterfaces'), ('addresses','Addresses'), ('spot_instance_requests','SpotInstanceRequests')):
+        assert not getattr(ec2, f'describe_{op}')()[key], op
+
+def test_create_again_makes_nothing(aws, session):
+    first = order(session).create()
+    before = aws.actions()
+    again = order(session).create()
+    assert not changes(aws.actions()-before) and [i['InstanceId'] for i in again.instances]==[i['InstanceId'] for i in first.instances]
+    with pytest.raises(CloudError, match='has 2 x p4d.24xlarge, not 3 x p4d'): order(session, 3).create()
+    assert len(order(session).create().instances)==2
+
+def test_machines_are_as_ordered(aws, session):
+    ec2 = session.client('ec2')
+    zone = 'us-east-1a'
+    snap = ec2.create_snapshot(VolumeId=ec2.create_volume(AvailabilityZone=zone, Size=150)['VolumeId'])['SnapshotId']
+    c = order(session, volume=dict(snapshot=snap, iops=6000, throughput=500)).create()
+    first,second = c.instances
+    assert first['ImageId']==image and first['MetadataOptions']['HttpTokens']=='required' and first['MetadataOptions']['HttpPutResponseHopLimit']==2
+    assert [n['InterfaceType'] for n in first['NetworkInterfaces']]==['efa','efa-only','efa-only','efa-only'] and first['Placement']['GroupName']=='fastimagenet-im'
+    assert [n['Attachment']['NetworkCardIndex'] for n in first['NetworkInterfaces']] in ([0,1,2,3],[0]*4)
+    assert 'PublicIpAddress' not in second and first['PublicIpAddress']==ec2.describe_addresses()['Addresses'][0]['PublicIp']
+    mine = dict(Filters=[dict(Name='tag:fastimagenet:cluster', Values=['im'])])
+    volumes = ec2.describe_volumes(**mine)['Volumes']
+    assert len(volumes)==4 and all(v['Encrypted'] and v['VolumeType']=='gp3' for v in volumes) and sum(v.get('SnapshotId')==snap for v in volumes)==2
+    assert all(d['Ebs']['DeleteOnTermination'] for i in c.instances for d in i['BlockDeviceMappings'])
+    assert len(ec2.describe_network_interfaces(**mine)['NetworkInterfaces'])==8
+    tags = tags_of(first)
+    assert tags['fastimagenet:generation']=='1' and '@' in tags['fastimagenet:owner'] and float(tags['fastimagenet:price'])==7.686
+    assert timedelta(hours=2.9)<datetime.fromisoformat(tags['fastimagenet:expires'])-datetime.now(timezone.utc)<timedelta(hours=3)
+    what = ec2.describe_instance_attribute(InstanceId=first['InstanceId'], Attribute='instanceInitiatedShutdownBehavior')
+    assert what['InstanceInitiatedShutdownBehavior']['Value']=='terminate' and 'IamInstanceProfile' not in first
+
+def test_user_data(aws, session):
+    import base64
+    c = order(session, 1, max_hours=.5).create()
+    data = session.client('ec2').describe_instance_attribute(InstanceId=c.instances[0]['InstanceId'], Attribute='userData')['UserData']['Value']
+    text = base64.b64decode(data).decode()
+    assert '#!/bin/bash\nshutdown -P +30\n' in text or '#!/bin/bash\nshutdown -P +29\n' in text
+    inside = lambda key: [l in text for l in key.read_text().splitlines()[3:5]] # The secret lines
+    assert all(inside(c.folder/'host_key/key')) and not any(inside(c.folder/'key')) and 'AWS_SECRET' not in text
+    assert (c.folder/'key').stat().st_mode&0o777==0o600 and c.folder.stat().st_mode&0o777==0o700
+
+def test_one_machine_needs_no_address_of_its_own(aws, session):
+    c = order(session, 1).create()
+    assert c.instances[0]['PublicIpAddress'] and not aws.actions()['AllocateAddress'] and not aws.actions()['CreatePlacementGroup']
+
+def test_efs(aws, session):
+    c = order(session, efs=True).create()
+    assert 'file system' in ' '.join(aws.left())
+    assert c.down()==[] and aws.left()==[]
+
+# -- the plan of offers
+def test_offers_are_tried_by_price(aws, session):
+    aws.set(capacity={'*/*/spot': 1, 'p4d.24xlarge/us-east-1c/on-demand': 2, 'p4d.24xlarge/*/on-demand': 0}, spot_prices={'p4d.24xlarge/us-east-1b': 2.47})
+    c = order(session, zone=None).create()
+    assert {i['Placement']['AvailabilityZone'] for i in c.instances}=={'us-east-1c'} and 'InstanceLifecycle' not in c.instances[0]
+    tried = [l for l in c.said if 'InsufficientInstanceCapacity' in l]
+    assert tried[0].startswith('1 of 8: spot in us-east-1b') and len(tried)==6==aws.actions()['RunInstances']-1 # Not repeated
+    assert len([o for o in aws.left() if o.startswith('instance')])==2
+
+def test_no_capacity_anywhere(aws, session):
+    aws.set(capacity={'*/*/*': 1})
+    with pytest.raises(CloudError, match='(?s)None of 2 offers had 2 machines.*spot in us-east-1a.*on-demand in us-east-1a.*fastimagenet-cluster down im'): order(session).create()
+    assert aws.left()==[]
+
+def test_machines_that_end_at_once(aws, session):
+    "Spot machines that are taken while they start: the next offer, and none of them stays"
+    aws.set(pending=1.5)
+    ec2 = session.client('ec2')
+    def take():
+        end = time.monotonic()+20
+        while time.monotonic()<end:
+            found = [i['InstanceId'] for r in ec2.describe_instances()['Reservations'] for i in r['Instances']]
+            if found: return ec2.terminate_instances(InstanceIds=found[:1])
+            time.sleep(.02)
+    threading.Thread(target=take).start()
+    c = order(session).create()
+    assert any('1 of 2 machines ended at once' in l for l in c.said) and 'InstanceLifecycle' not in c.instances[0]
+    assert len([o for o in aws.left() if o.startswith('instance')])==2
+
+def test_quota(aws, session):
+    aws.set(quotas={'L-7212CCBC': 100})
+    assert 'InstanceLifecycle' not in order(session).create().instances[0] # Spot is not even tried
+    assert aws.actions()['RunInstances']==1
+    aws.reset()
+    aws.set(quotas={'L-7212CCBC': 100, 'L-417A185B': 100})
+    with pytest.raises(ValueError, match='need 192 vCPU, your quota is 100'): order(session).create()
+    assert not changes(aws.actions())
+
+def test_dollars_become_hours(aws, session):
+    c = order(session, max_dollars=10).create()
+    hours = (datetime.fromisoformat(tags_of(c.instances[0])['fastimagenet:expires'])-datetime.now(timezone.utc)).total_seconds()/3600
+    assert hours==pytest.approx(10/(2*7.686), abs=.01)
+    assert any(l.startswith('At most $10.00: 2 x $7.69 x 0.65 hours') for l in c.said)
+    aws.reset()
+    with pytest.raises(ValueError, match='minutes of 100 machines'): order(session, 100, max_dollars=10).create()
+    assert not changes(aws.actions())
+
+def test_p3_is_refused(aws, session):
+    with pytest.raises(ValueError, match='p4d.24xlarge'): order(session, machine='p3.16xlarge').create()
+    assert not changes(aws.actions())
+
+def test_wrong_image(aws, session):
+    with pytest.raises(ValueError, match='no image ami-12345'): order(session, image='ami-12345').create()
+    with pytest.raises(ValueError, match='is for arm64'): order(session, image='ami-0a000000000000064').create()
+    assert not changes(aws.actions())
+
+# -- hidden, lost, repeated
+def test_machines_that_cannot_be_seen_yet(aws, session):
+    "The launcher dies after RunInstances; the next one does not see the machines, and starts no more"
+    aws.set(hide=1.5, faults=[dict(do='error', action='DescribeInstances', skip=1, code='UnauthorizedOperation')])
+    first = order(session)
+    first._give_up = lambda e: None # It dies
+    with pytest.raises(CloudError): first.create()
+    c = order(session).create()
+    assert len(c.instances)==2==len([o for o in aws.left() if o.startswith('instance')]) and aws.actions()['RunInstances']==2
+
+def test_hidden_machines_are_removed_too(aws, session):
+    "A launch that fails while its machines cannot be seen: the second look finds them"
+    aws.set(hide=.6, faults=[dict(do='error', action='DescribeInstances', skip=1, code='UnauthorizedOperation')])
+    teardown._second_look = 1
+    with pytest.raises(CloudError): order(session).create()
+    assert aws.left()==[]
+
+def test_time_out(aws, session, monkeypatch):
+    from fastai_fastimagenet.cluster import cloud
+    monkeypatch.setattr(cloud, '_read', .5)
+    aws.set(faults=[dict(do='hang', seconds=2, action=a) for a in ('RunInstances','CreateVpc')])
+    assert len(order(aws.session(region)).create().instances)==2
+
+def test_busy(aws, session):
+    aws.set(faults=[dict(do='error', action='RunInstances', code='RequestLimitExceeded', status=503, times=4)])
+    assert len(order(session).create().instances)==2 and aws.actions()['RunInstances']==5
+
+# -- later, and from elsewhere
+def test_attach(aws, session, monkeypatch, tmp_path):
+    made = order(session).create()
+    c = AWSCluster.attach('im', region, say=made.said.append)
+    assert (c.nodes,c.machine,c.spot,c.image,c.generation)==(2,'p4d.24xlarge',True,image,1) and c.instances[0]['PublicIpAddress']==made.instances[0]['PublicIpAddress']
+    monkeypatch.setenv('FASTIMAGENET_HOME', str(tmp_path/'other laptop'))
+    other = AWSCluster.attach('im', region, say=made.said.append)
+    with pytest.raises(CloudError, match='ssh key of cluster im is not in'): other.ssh_config()
+    assert other.down()==[] and aws.left()==[]
+    with pytest.raises(CloudError, match='no machines'): AWSCluster.attach('im', region)
+
+def test_create_from_another_laptop(aws, session, monkeypatch, tmp_path):
+    c = order(session).create()
+    session.client('ec2').terminate_instances(InstanceIds=[i['InstanceId'] for i in c.instances])
+    monkeypatch.setenv('FASTIMAGENET_HOME', str(tmp_path/'other laptop'))
+    with pytest.raises(CloudError, match='another ssh key'): order(session).create()
+
+def test_relaunch(aws, session):
+    c = order(session, max_hours=2).create()
+    first,ends = {i['InstanceId'] for i in c.instances},c.ends
+    session.client('ec2').terminate_instances(InstanceIds=sorted(first)[:1]) # Taken back
+    c.relaunch()
+    assert c.generation==2 and not first&{i['InstanceId'] for i in c.instances} and len(c.instances)==2
+    time.sleep(.2)
+    assert len([o for o in aws.left() if o.startswith('instance')])==2 and len([o for o in aws.left() if o.startswith('address')])==1
+    assert abs(datetime.fromisoformat(tags_of(c.instances[0])['fastimagenet:expires'])-ends)<timedelta(seconds=5) # No more time than before
+    assert c.instances[0]['PublicIpAddress'] and c.down()==[] and aws.left()==[]
+
+def test_relaunch_by_another_launcher(aws, session):
+    order(session).create()
+    c = AWSCluster.attach('im', region, zone='us-east-1a', ssh_from='203.0.113.7/32', say=lambda line: None)
+    c.relaunch()
+    assert c.generation==2 and len(order(session).create().instances)==2
+
+def test_create_after_the_machines_ended(aws, session):
+    c = order(session).create()
+    session.client('ec2').terminate_instances(InstanceIds=[i['InstanceId'] for i in c.instances])
+    before = aws.actions()
+    assert order(session).create().generation==2 and changes(aws.actions()-before)==Counter(RunInstances=1, AssociateAddress=1)
+
+# -- the end of a block
+class JobFailed(Exception): grace = 20
+
+def test_block(aws, session):
+    with order(session) as c: assert len(c.instances)==2
+    assert aws.left()==[] and not (Path(os.environ['FASTIMAGENET_HOME'])/'im').exists() # The keys are gone too
+
+def test_block_that_fails(aws, session):
+    with pytest.raises(ZeroDivisionError), order(session): 1/0
+    assert aws.left()==[]
+
+def test_failed_job_leaves_the_machines_for_a_while(aws, session):
+    with pytest.raises(JobFailed), order(session) as c: raise JobFailed
+    assert len([o for o in aws.left() if o.startswith('instance')])==2
+    assert 'stay for 20 minutes' in c.said[-1] and f'ssh -F {c.folder/"ssh_config"}' in c.said[-1] and undo_command('im', region) in c.said[-1]
+    assert (c.folder/'ssh_config').exists()
+
+script = '''
+import sys; sys.path[:0] = [{tests!r}]
+from aws_quick import order, quick
+import boto3
+quick()
+c = order(boto3.Session(region_name='us-east-1'), say=lambda line: print(line, flush=True))
+with c:
+    print('inside', flush=True)
+    import time; time.sleep(60)
+'''
+
+def launcher(): return subprocess.Popen([sys.executable, '-c', script.format(tests=str(Path(__file__).parent))], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def until(p, text):
+    for line in p.stdout:
+        if text in line: return
+    raise AssertionError(f'it ended without saying {text!r}')
+
+@pytest.mark.parametrize('num', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize('when', ['inside','Offer 1'])
+def test_signals(aws, num, when):
+    "While it is made, and while it is used"
+    p = launcher()
+    try:
+        until(p, when)
+        p.send_signal(num)
+        out,_ = p.communicate(timeout=60)
+        assert p.returncode and 'Nothing is left of cluster im' in out, out
+        assert aws.left()==[]
+    finally: p.kill()
+
+def test_second_signal_leaves_it(aws, session):
+    aws.set(stopping=30)
+    p = launcher()
+    try:
+        until(p, 'inside')
+        p.send_signal(signal.SIGINT)
+        until(p, 'Waiting until the machines are gone')
+        p.send_signal(signal.SIGINT)
+        out,_ = p.communicate(timeout=60)
+        assert p.returncode and f'Stopped. Remove the rest: {undo_command("im", region)}' in out, out
+    finally: p.kill()
+
+# -- dry run
+def test_plan_is_what_is_done(aws, session):
+    c = order(session, efs=True)
+    p = c.plan()
+    assert aws.left()==[] and not changes(aws.actions()) and not (Path(os.environ['FASTIMAGENET_HOME'])/'im').exists()
+    assert 'At most $' in str(p) and 'your quota is 10000' in str(p) and 'PRIVATE KEY' not in str(p)
+    c.create()
+    assert Counter(name for _,name,_ in p.calls)==changes(aws.actions())
+    assert c.plan().calls==[] and 'Nothing would be changed' in str(c.plan())
+
+def test_plan_without_credentials(aws, monkeypatch, tmp_path):
+    for k in ('AWS_ACCESS_KEY_ID','AWS_SECRET_ACCESS_KEY'): monkeypatch.delenv(k)
+    p = AWSCluster('im', 2, region=region, ssh_from='203.0.113.7/32').plan()
+    assert not aws.log() and 'table of' in str(p) and 'NoCredentialsError' in str(p)
+    assert {'DescribeInstanceTypes','DescribeInstanceTypeOfferings','GetServiceQuota'}<=set(p.unknown) and 'RunInstances' in {n for _,n,_ in p.calls}
+
+# -- ssh
+def test_ssh_config(aws, session):
+    c = order(session, 3).create()
+    text = c.ssh_config().read_text()
+    assert f'HostName {c.instances[0]["PublicIpAddress"]}' in text and f'HostName {c.instances[2]["PrivateIpAddress"]}' in text and text.count('ProxyCommand')==2
+    assert (c.folder/'known_hosts').read_text().startswith('* ssh-ed25519 ')
+
+def test_machines_that_do_not_answer(aws, session, monkeypatch):
+    monkeypatch.setattr(aws_module, '_ssh_wait', .1)
+    monkeypatch.setattr(aws_module, '_ssh_poll', .1)
+    c = order(session, 1).create()
+    c.instances[0]['PublicIpAddress'] = '127.0.0.1' # Refuses, where moto's addresses say nothing
+    (c.folder/'ssh_config').unlink(missing_ok=True)
+    with pytest.raises(ClusterError, match='rank0'): c.tasks
