@@ -206,7 +206,7 @@ def test_a_person_accepts_a_host_key(hosts, tmp_path):
     ask = re.search(r'`(ssh .*?)`', str(e.value))[1]
     terminal(f'{ask} echo I am in', (b'', 'continue connecting'), (b'yes\n', 'I am in'))
     assert c.tasks[0].sh('echo in')=='in'
-    c.down()
+    c.close()
 
 def test_through_the_first(hosts):
     "`jump`: the others are reached through the first"
@@ -232,6 +232,15 @@ c.tasks[0].run({count!r}, 'count', wait=False).follow(lambda l: print(l, flush=T
             with later(1, r.stop): assert r.follow(seen.append)==143
             assert seen==[str(i+1) for i in range(len(seen))] and len(seen)>40
     finally: kill_all(p)
+
+def test_a_shell_that_talks(hosts):
+    "It would be mistaken for output, so it is refused"
+    rc = hosts[0].folder/'home/.bashrc'
+    rc.write_text('echo Welcome')
+    try:
+        with hosts.cluster() as c, pytest.raises(HostError, match='(?s)its shell prints something.*Welcome'): c.tasks[0].sh('true')
+    except ClusterError as e: assert 'Welcome' in str(e) # `down` says it again
+    finally: rc.unlink()
 
 def test_arguments(hosts):
     with pytest.raises(ValueError, match='different machines'): SSHCluster(['a', 'me@a'])

@@ -52,7 +52,7 @@ def write_ssh_config(
         lines += [f'Host {name}', f'  ControlPath {path(_sockets(config)/str(i))}', *([f'  HostName {address}'] if address else []), *([f'  User {me}'] if me else [])]
         if jump and i: lines.append(f'  ProxyCommand ssh -F {path(config)} -o ControlMaster=no -W [%h]:%p {next(iter(hosts))}')
     lines += ['Host *', '  BatchMode yes', '  StrictHostKeyChecking yes', '  ConnectTimeout 10', '  ServerAliveInterval 2', '  ServerAliveCountMax 2',
-              '  ControlMaster auto', '  ControlPersist 600', '  KexAlgorithms ^curve25519-sha256', '  LogLevel ERROR']
+              '  ControlMaster auto', '  ControlPersist 600', '  KexAlgorithms ^curve25519-sha256', '  LogLevel ERROR', '  RemoteCommand none']
     if user: lines.append(f'  User {user}')
     if port: lines.append(f'  Port {port}')
     if key: lines += [f'  IdentityFile {path(key)}', '  IdentitiesOnly yes']
@@ -88,7 +88,9 @@ class SSHTask(Task):
     def folder(self)->str:
         if not self._folder.startswith('/'):
             f = shlex.quote(self._folder)
-            self._folder = self._ask(f'mkdir -p {f} && cd {f} && pwd').decode().rstrip('\n')
+            *noise,path = self._ask(f'mkdir -p {f} && cd {f} && pwd').decode(errors='replace').splitlines()
+            if noise: raise HostError(self.name, 'its shell prints something when it starts, which it may do for people only, not for commands', noise)
+            self._folder = path
         return self._folder
     @folder.setter
     def folder(self, f): self._folder = f
