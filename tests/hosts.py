@@ -40,7 +40,7 @@ for f in passwd hosts; do mount --bind $f /etc/$f; done
 mount -t tmpfs none /run; mkdir /run/sshd
 mount --bind home "$HOME_DIR"; mount --rbind tmp /tmp
 set +e; until ip link show eth0 > /dev/null 2>&1; do sleep .05; done
-ip link set lo up; ip addr add $ADDRESS/24 dev eth0; ip link set eth0 up
+ip link set lo up; ip link set eth0 address $MAC; ip addr add $ADDRESS/24 dev eth0; ip link set eth0 up
 cd /; "$SSHD" -D -e -f "$DIR"/sshd_config &
 while :; do sleep 1000; done
 '''
@@ -51,7 +51,7 @@ class Host:
 
     def start(self):
         shared = {str(Path(p).resolve())[4:] for p in (sys.prefix, sys.base_prefix, Path(__file__).parents[1]) if str(Path(p).resolve()).startswith('/tmp/')}
-        env = dict(PATH=_path, DIR=self.folder, NAME=self.name, ADDRESS=self.address, HOME_DIR=home, SHARED=' '.join(sorted(shared)), SSHD=shutil.which('sshd', path=_path))
+        env = dict(PATH=_path, DIR=self.folder, NAME=self.name, ADDRESS=self.address, MAC='02:00:'+':'.join(f'{int(b):02x}' for b in self.address.split('.')), HOME_DIR=home, SHARED=' '.join(sorted(shared)), SSHD=shutil.which('sshd', path=_path))
         with open(self.folder/'sshd.log', 'a') as log:
             self.proc = subprocess.Popen(['setpriv', '--pdeathsig', 'KILL', 'unshare', '--net', '--mount', '--pid', '--uts', '--ipc', '--fork', '--kill-child', '--mount-proc',
                                           'bash', '-c', _init], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={k: str(v) for k,v in env.items()}, start_new_session=True)
@@ -97,11 +97,24 @@ def _prepare(h, hosts, key):
     (h.folder/'sshd_config').write_text(f'ListenAddress {h.address}\nHostKey {h.folder}/host_key\nPidFile none\nUsePAM no\nPasswordAuthentication no\n'
                                         'PermitRootLogin prohibit-password\nUseDNS no\nPrintMotd no\nSubsystem sftp internal-sftp\n')
 
+def _tidy():
+    "Remove what a process that was killed could not; its machines ended with it"
+    for bridge in Path('/sys/class/net').glob('fb[0-9]*'):
+        if not Path('/proc', bridge.name[2:]).exists(): _do('ip', 'link', 'del', bridge.name, check=False)
+    for folder in Path('/var/tmp').glob('hosts-[0-9]*-*'):
+        if not Path('/proc', folder.name.split('-')[1]).exists(): shutil.rmtree(folder, ignore_errors=True)
+
+def _free_net():
+    "Three numbers of a network that nobody here uses, of those reserved for tests"
+    used = _do('ip', '-o', '-4', 'addr').stdout
+    return next(n for i in range(256) if f' {(n := f"198.18.{(os.getpid()+i)%256}")}.' not in used)
+
 @contextmanager
 def make_hosts(n):
     "`n` machines; skips the test where they cannot be made"
     if reason := why_not(): pytest.skip(reason)
-    folder,bridge,net = Path(tempfile.mkdtemp(prefix='hosts-', dir='/var/tmp')),f'fb{os.getpid()}',f'198.18.{os.getpid()%256}'
+    _tidy()
+    folder,bridge,net = Path(tempfile.mkdtemp(prefix=f'hosts-{os.getpid()}-', dir='/var/tmp')),f'fb{os.getpid()}',_free_net()
     before,os.environ['FASTIMAGENET_HOME'] = os.environ.get('FASTIMAGENET_HOME'),str(folder/'launcher')
     hosts = Hosts(Host(f'machine{i}', f'{net}.{11+i}', folder/f'machine{i}', bridge, f'fv{os.getpid()}r{i}') for i in range(n))
     try:

@@ -7,6 +7,7 @@ __all__ = ['cluster_folder', 'write_ssh_config', 'SSHTask', 'SSHCluster']
 
 # %% ../../nbs/51_cluster.ssh.ipynb #a9530aa6
 import os, posixpath, re, shlex, shutil, socket, subprocess, sys, tempfile, threading, time
+from functools import cache
 from hashlib import sha1
 from pathlib import Path
 from fastcore.basics import *
@@ -51,7 +52,7 @@ def write_ssh_config(
         lines += [f'Host {name}', f'  ControlPath {path(_sockets(config)/str(i))}', *([f'  HostName {address}'] if address else []), *([f'  User {me}'] if me else [])]
         if jump and i: lines.append(f'  ProxyCommand ssh -F {path(config)} -o ControlMaster=no -W [%h]:%p {next(iter(hosts))}')
     lines += ['Host *', '  BatchMode yes', '  StrictHostKeyChecking yes', '  ConnectTimeout 10', '  ServerAliveInterval 2', '  ServerAliveCountMax 2',
-              '  ControlMaster auto', '  ControlPersist 600', '  KexAlgorithms ^curve25519-sha256', '  LogLevel ERROR']
+              '  ControlMaster auto', '  ControlPersist 600', '  KexAlgorithms ^curve25519-sha256', '  LogLevel ERROR', '  RemoteCommand none']
     if user: lines.append(f'  User {user}')
     if port: lines.append(f'  Port {port}')
     if key: lines += [f'  IdentityFile {path(key)}', '  IdentitiesOnly yes']
@@ -60,8 +61,8 @@ def write_ssh_config(
     config.write_text('\n'.join(lines)+'\n')
     return config
 
-# %% ../../nbs/51_cluster.ssh.ipynb #a1a84d8c
-_connect_timeout = 4 # Seconds for coming back after a dropped connection
+# %% ../../nbs/51_cluster.ssh.ipynb #6e9c06c3
+_connect_timeout = 4 # Seconds for coming back after a dropped connection, and for `alive`
 
 _reasons = {
     'REMOTE HOST IDENTIFICATION HAS CHANGED': 'it shows another host key than the one known. If it was installed anew, remove the old key '
@@ -80,29 +81,34 @@ class SSHTask(Task):
         address:str, # Under which the other machines reach it
         folder:str='fastimagenet' # Work folder; relative to the home folder, or absolute
     ):
-        self.config,self.host,self.socket,self.lock = Path(config).resolve(),host,None,threading.Lock()
+        self.config,self.host,self.lock = Path(config).resolve(),host,threading.Lock()
         super().__init__(host, rank, folder, address)
 
     @property
     def folder(self)->str:
         if not self._folder.startswith('/'):
             f = shlex.quote(self._folder)
-            self._folder = self.sh(f'mkdir -p {f} && cd {f} && pwd')
+            *noise,path = self._ask(f'mkdir -p {f} && cd {f} && pwd').decode(errors='replace').splitlines()
+            if noise: raise HostError(self.name, 'its shell prints something when it starts, which it may do for people only, not for commands', noise)
+            self._folder = path
         return self._folder
     @folder.setter
     def folder(self, f): self._folder = f
 
+    @property
+    def _socket(self): return _sockets(self.config)/str(self.rank)
     def _ssh(self, *options): return ['ssh', '-F', str(self.config), '-o', 'ControlMaster=no', *options, self.host]
     def _argv(self, cmd, timeout=None): return [*self._ssh(), f'bash -c {shlex.quote(cmd)}']
     def _attach(self, cmd): return shlex.join(['ssh', '-F', str(self.config), '-t', self.host, f'bash -c {shlex.quote(cmd)}'])
 
     def _connected(self):
         "Is there a shared connection? It may be to a machine that is gone, for as long as nobody has noticed"
-        with socket.socket(socket.AF_UNIX) as s: return s.connect_ex(str(_sockets(self.config)/str(self.rank)))==0
+        with socket.socket(socket.AF_UNIX) as s: return s.connect_ex(str(self._socket))==0
 
     def _connect(self, *options):
         with self.lock, tempfile.TemporaryFile() as err:
             if self._connected(): return
+            self._socket.unlink(missing_ok=True) # Of a connection whose process was killed
             cmd = ['ssh', '-F', str(self.config), '-o', 'ControlMaster=yes', *options, '-fN', self.host]
             try: done = subprocess.run(cmd, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=err, start_new_session=True, timeout=30)
             except subprocess.TimeoutExpired: raise HostDead(self.name, 'cannot be reached: no answer for 30 s') from None
@@ -112,6 +118,12 @@ class SSHTask(Task):
         for sign,what in _reasons.items():
             if sign.encode() in said: raise HostError(self.name, what.format(host=self.host, config=self.config), last_lines(said))
         raise HostDead(self.name, f'cannot be reached: {(last_lines(said) or ["no reason given"])[-1]}')
+
+    def alive(self)->bool:
+        "Does it answer?"
+        try: self._reconnect()
+        except HostError: return False
+        return super().alive()
 
     def _reconnect(self):
         end = time.monotonic()+_connect_timeout
@@ -133,31 +145,39 @@ class SSHTask(Task):
 _mark = b'@fastimagenet@\n'
 
 @patch
-def _call(self:SSHTask, cmd, input, timeout):
+def _call(self:SSHTask, cmd, input, timeout, what):
     say = f'printf %s {shlex.quote(_mark.decode())} >&2'
     remote,began = f'{say}; timeout -k 5 {timeout} bash -c {shlex.quote(cmd)}; c=$?; {say}; exit $c', time.monotonic()
     for _ in range(2):
-        code,out,err = Task._call(self, remote, input, timeout+15)
+        code,out,err = Task._call(self, remote, input, timeout+15, what)
         _,started,err = err.partition(_mark) if _mark in err else (b'',b'',err)
         err,ended,_ = err.rpartition(_mark) if started and _mark in err else (err,b'',b'')
         late = code is None or code in (124,137) and time.monotonic()-began>=timeout
         if ended or code not in (255,None) and code>0: return None if late else code, out, err
         self._reconnect()
         if started: break
-    raise ConnectionLost(self.name, f'the connection broke during {shorten(cmd)}', last_lines(out, err))
+    raise ConnectionLost(self.name, f'the connection broke during {what}', last_lines(out, err))
 
 # %% ../../nbs/51_cluster.ssh.ipynb #b07dcb75
 @patch
-def _again(self:SSHTask, copy, *args):
-    try: copy(*args)
+def _again(self:SSHTask, copy):
+    self._connect()
+    before = self._socket.stat().st_ino
+    try: copy()
     except HostError:
-        if self._connected(): raise
+        time.sleep(.2) # A process that is killed closes its sockets one by one
         self._reconnect()
-        copy(*args)
+        if self._socket.stat().st_ino==before: raise
+        copy()
+
+@cache
+def _exact():
+    "rsync 3 compares times to the nanosecond if asked; else it misses a change in the same second"
+    return ['--modify-window=-1'] if ' version 3' in subprocess.run(['rsync', '--version'], capture_output=True, text=True).stdout else []
 
 @patch
 def _rsync(self:SSHTask, src, dst):
-    cmd = ['rsync', '-a', '--partial-dir=.rsync-partial', '-e', shlex.join(self._ssh()[:-1]), src, dst]
+    cmd = ['rsync', '-a', *_exact(), '--partial-dir=.rsync-partial', '-e', shlex.join(self._ssh()[:-1]), src, dst]
     r = subprocess.run(cmd, stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True)
     if r.returncode: raise HostError(self.name, 'copying failed', last_lines(r.stdout, r.stderr))
 

@@ -37,7 +37,7 @@ class Task:
     def _popen(self, cmd, timeout=None, **kwargs):
         return subprocess.Popen(self._argv(cmd, timeout), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, **kwargs)
 
-    def _call(self, cmd, input, timeout):
+    def _call(self, cmd, input, timeout, what):
         "Exit status, output and errors of `cmd`, in bytes; status None if it took too long"
         with self._popen(cmd, timeout, stderr=subprocess.PIPE) as p:
             try: out,err = p.communicate(input, timeout)
@@ -48,10 +48,9 @@ class Task:
             return p.returncode,out,err
 
     def _bytes(self, cmd, input=None, timeout=60, what=None):
-        code,out,err = self._call(cmd, input.encode() if isinstance(input, str) else input or b'', timeout)
+        code,out,err = self._call(cmd, input.encode() if isinstance(input, str) else input or b'', timeout, what := what or shorten(cmd))
         if code==0: return out
-        how = f'took longer than {timeout:g} s' if code is None else 'failed' if what else f'ended with exit code {code}'
-        raise HostError(self.name, f'{what or shorten(cmd)} {how}', last_lines(out, err))
+        raise HostError(self.name, what+(f' took longer than {timeout:g} s' if code is None else f' failed with exit code {code}'), last_lines(out, err))
 
     def _ask(self, cmd, timeout=60, what=None):
         "Output of `cmd`, which changes nothing or may be done twice"
@@ -68,8 +67,9 @@ class Task:
         input=None, # Text or bytes for its standard input
         timeout:float=60 # Seconds
     )->str: # Its standard output, without the last newline
-        "Run `cmd` and wait; `HostError` with its last lines if it fails or takes too long, `HostDead` if the machine cannot be reached"
-        return self._bytes(cmd, input, timeout).decode(errors='replace').rstrip('\n')
+        "Run `cmd` in the work folder and wait; `HostError` with its last lines if it fails or takes too long, `HostDead` if the machine cannot be reached"
+        f = shlex.quote(self.folder)
+        return self._bytes(f'mkdir -p {f} && cd {f} || exit\n{cmd}', input, timeout, shorten(cmd)).decode(errors='replace').rstrip('\n')
 
 # %% ../../nbs/50_cluster.task.ipynb #68f52265
 @patch
@@ -133,9 +133,9 @@ class Process:
 
     def wait(self, timeout:float=None)->int: # Exit status
         "Wait for the end; `TimeoutError` after `timeout` seconds"
-        end,pause = None if timeout is None else time.monotonic()+timeout, .1
+        began,pause = time.monotonic(),.1
         while (code := self.status) is None:
-            if end and time.monotonic()>end: raise TimeoutError(f'{self.task.name}: run {self.name} still runs after {timeout:g} s')
+            if timeout is not None and time.monotonic()-began>timeout: raise TimeoutError(f'{self.task.name}: run {self.name} still runs after {timeout:g} s')
             time.sleep(pause := min(_poll, pause*1.5))
         return code
 
