@@ -23,8 +23,11 @@ def aws_server():
 
 @pytest.fixture
 def aws(aws_server, monkeypatch, tmp_path):
-    "Nothing there yet, and boto3 goes there; the launcher's files are in a folder of the test"
+    "Nothing there yet, and boto3 goes there; the launcher's files are in a folder of the test. What is called must be in the policy for launchers"
     aws_server.reset()
     for k,v in {**aws_server.env, 'FASTIMAGENET_HOME': str(tmp_path/'home')}.items(): monkeypatch.setenv(k, v)
     for k in ('AWS_PROFILE','AWS_SESSION_TOKEN'): monkeypatch.delenv(k, raising=False)
-    return aws_server
+    yield aws_server
+    from iam_policy import not_allowed
+    new = not_allowed(aws_server.log())
+    assert not new, f'nbs/iam_policy.json does not allow {new}: run python tests/iam_policy.py'
