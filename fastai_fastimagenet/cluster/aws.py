@@ -120,12 +120,12 @@ def down(self:AWSCluster,
     again:bool=False # Look a second time even if nothing was found?
 )->list: # What is left
     "Give everything back; may be repeated"
-    self._over.set()
+    self._disconnect()
     try: left = down(self.session, self.region, self.name, self.say, again)
     except (KeyboardInterrupt,SystemExit):
         self.say(f'Stopped. Remove the rest: {self.undo}')
         raise
-    self.instances,self._tasks = [],None
+    self.instances = []
     mark = self.folder/'region'
     if not left and mark.exists() and mark.read_text()==self.region: shutil.rmtree(self.folder) # The keys open nothing any more
     return left
@@ -136,7 +136,7 @@ def relaunch(self:AWSCluster):
     "New machines in place of all that there are"
     with _signals():
         self._clients()
-        self._over.set()
+        self._disconnect()
         with self._step('Looking for its machines'): every = all_machines(self.ec2, self.name)
         self.spent = cost(every) or 0
         self.generation = max([self.generation, *map(generation_of, every)])
@@ -194,6 +194,9 @@ def _connect(self:AWSCluster):
     threading.Thread(target=_beats, args=(tasks, self._over), daemon=True).start()
     return tasks
 
+_names = """[ "$(id -u)" = 0 ] || sudo=sudo
+$sudo bash -c '{ grep -v "# fastimagenet$" /etc/hosts; cat; } > /run/fastimagenet.hosts && cat /run/fastimagenet.hosts > /etc/hosts' && touch ~/fastimagenet/watch/lease"""
+
 @patch
 def _ready(self:AWSCluster, names, task):
     "Wait until the machine is set up, and give it the names of all"
@@ -201,12 +204,18 @@ def _ready(self:AWSCluster, names, task):
     while True:
         try:
             problems = task.sh('cat ~/fastimagenet/watch/ready')
-            task.sh("sudo sed -i '/# fastimagenet$/d' /etc/hosts && sudo tee -a /etc/hosts > /dev/null && touch ~/fastimagenet/watch/lease", names)
+            task.sh(_names, names)
             break
         except HostError:
             if time.monotonic()>end: raise
         time.sleep(_ssh_poll)
     for line in problems.splitlines(): self.say(f'{task.name}: {line}')
+
+@patch
+def _disconnect(self:AWSCluster):
+    self._over.set()
+    for t in self._tasks or []: t.close()
+    self._tasks = None
 
 def _beats(tasks, over):
     def touch(t):
@@ -232,7 +241,7 @@ def __exit__(self:AWSCluster, kind, e, tb):
 
 @patch
 def _stay(self:AWSCluster):
-    self._over.set()
+    self._disconnect()
     look = f'ssh -F {self.ssh_config()} rank0' if (self.folder/'key').exists() else 'from the laptop that made it'
     self.say(f'The machines stay for {self.watch.get("failed", 20):g} minutes if nobody comes; touch ~/fastimagenet/watch/hold on them to keep them for an hour\n'
              f'To look: {look}\nTo remove it: {self.undo}')

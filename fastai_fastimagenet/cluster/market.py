@@ -140,7 +140,7 @@ def _check(quotas, region, machine, nodes, market):
     quota,why = _ask(lambda: quotas.get_service_quota(ServiceCode='ec2', QuotaCode=code)['Quota']['Value'])
     if why: return f'{what}; the quota {code} could not be looked up: {why}'
     if need>quota:
-        raise ValueError(f'{what}, your quota is {quota:.0f}. Ask for more at https://{region}.console.aws.amazon.com/servicequotas/home/services/ec2/quotas/{code}'
+        raise ValueError(f'{what}, your quota is {quota:.0f}. Ask for more at https://console.aws.amazon.com/servicequotas/home?region={region}#!/services/ec2/quotas/{code}'
                          + (f', or take {quota//machine.vcpus:.0f} machines' if quota>=machine.vcpus else ''))
     return f'{what}, your quota is {quota:.0f}'
 
