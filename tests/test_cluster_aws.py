@@ -307,3 +307,37 @@ def test_machines_that_do_not_answer(aws, session, monkeypatch):
     c.instances[0]['PublicIpAddress'] = '127.0.0.1' # Refuses, where moto's addresses say nothing
     (c.folder/'ssh_config').unlink(missing_ok=True)
     with pytest.raises(ClusterError, match='rank0'): c.tasks
+
+def test_machines_over_ssh(aws, session, monkeypatch):
+    "Three machines with an sshd in place of moto's: reached through rank 0, they know each other's names, and the host key is checked"
+    from hosts import make_hosts
+    monkeypatch.setattr(aws_module, '_ssh_poll', .2)
+    monkeypatch.setattr(aws_module, '_beat', .3)
+    with make_hosts(3) as machines:
+        c = order(session, 3, user='root').create()
+        for i,(h,o) in enumerate(zip(machines, c.instances)):
+            o['PrivateIpAddress'] = o['PublicIpAddress'] = h.address
+            home = h.folder/'home'
+            (home/'.ssh/authorized_keys').write_text((c.folder/'key.pub').read_text())
+            (h.folder/'host_key').write_text((c.folder/'host_key/key').read_text())
+            h.inside('pkill', '-HUP', '-o', 'sshd')
+            (home/'fastimagenet/watch').mkdir(parents=True)
+            (home/'fastimagenet/watch/ready').write_text('a disk is missing\n'*(i==1))
+        assert [t.name for t in c.tasks]==['rank0','rank1','rank2'] and c.sh('hostname')==[h.name for h in machines]
+        assert [l for l in c.said if 'is missing' in l]==['rank1: a disk is missing']
+        leases = [h.folder/'home/fastimagenet/watch/lease' for h in machines]
+        before = [l.stat().st_mtime for l in leases]
+        for _ in range(2):
+            for line in c.sh('getent ahostsv4 rank2 | head -n 1'): assert line.split()[0]==machines[2].address
+            for text in c.sh('cat /etc/hosts'): assert text.count('rank1 ')==2 and f'::ffff:{machines[1].address} rank1' in text and 'localhost' in text
+            c._disconnect() # The names are written again
+        time.sleep(.5)
+        c.tasks
+        time.sleep(.8)
+        assert all(l.stat().st_mtime>b+.5 for l,b in zip(leases, before))
+        (machines[2].folder/'host_key').write_text((machines[2].folder/'../key').read_text()) # Someone else answers
+        c._disconnect()
+        machines[2].inside('pkill', '-HUP', '-o', 'sshd')
+        monkeypatch.setattr(aws_module, '_ssh_wait', .1)
+        with pytest.raises(ClusterError, match='rank2.*host key'): c.tasks
+        assert c.down()==[] and aws.left()==[]

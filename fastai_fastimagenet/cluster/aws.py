@@ -68,16 +68,13 @@ def _find(self:AWSCluster):
 
 @patch
 def _make(self:AWSCluster):
-    self._clients()
     found = self._find()
-    if found:
-        have = {(i['InstanceType'],len(found)) for i in found}
-        if have!={(self.machine,self.nodes)}:
-            t,n = min(have)
-            raise CloudError(f'Cluster {self.name} in {self.region} has {n} x {t}, not {self.nodes} x {self.machine}. Go on with it by AWSCluster.attach({self.name!r}), '
-                             f'replace its machines by relaunch(), or remove it: {self.undo}')
-    else: self._new()
-    if found: self._adopt(found)
+    if not found: return self._new()
+    machine,n = found[0]['InstanceType'],len(found)
+    if (machine,n)!=(self.machine,self.nodes):
+        raise CloudError(f'Cluster {self.name} in {self.region} has {n} x {machine}, not {self.nodes} x {self.machine}. Go on with it by AWSCluster.attach({self.name!r}), '
+                         f'replace its machines by relaunch(), or remove it: {self.undo}')
+    self._adopt(found)
 
 @patch
 def _new(self:AWSCluster):
@@ -120,12 +117,12 @@ def down(self:AWSCluster,
     again:bool=False # Look a second time even if nothing was found?
 )->list: # What is left
     "Give everything back; may be repeated"
-    self._over.set()
+    self._disconnect()
     try: left = down(self.session, self.region, self.name, self.say, again)
     except (KeyboardInterrupt,SystemExit):
         self.say(f'Stopped. Remove the rest: {self.undo}')
         raise
-    self.instances,self._tasks = [],None
+    self.instances,self.ends,self.spent,self.address = [],None,0,None
     mark = self.folder/'region'
     if not left and mark.exists() and mark.read_text()==self.region: shutil.rmtree(self.folder) # The keys open nothing any more
     return left
@@ -135,8 +132,7 @@ def down(self:AWSCluster,
 def relaunch(self:AWSCluster):
     "New machines in place of all that there are"
     with _signals():
-        self._clients()
-        self._over.set()
+        self._disconnect()
         with self._step('Looking for its machines'): every = all_machines(self.ec2, self.name)
         self.spent = cost(every) or 0
         self.generation = max([self.generation, *map(generation_of, every)])
@@ -152,12 +148,10 @@ def attach(cls:AWSCluster,
 ):
     "The cluster `name` as there is one; `CloudError` if it has no machines"
     c = cls(name, 1, region=region)
-    c._clients()
     found = c._find()
     if not found: raise CloudError(f'Cluster {name} has no machines in {c.region}. `fastimagenet-cluster ls` shows what there is; to remove what is left of it: {c.undo}')
     first = found[0]
     res = cls(name, **{**dict(nodes=len(found), region=c.region, machine=first['InstanceType'], spot=first.get('InstanceLifecycle')=='spot', image=first['ImageId']), **kwargs})
-    res._clients()
     res._adopt(found)
     return res
 
@@ -165,8 +159,7 @@ def attach(cls:AWSCluster,
 @patch(as_prop=True)
 def cost(self:AWSCluster)->float: # USD; None if a price is not known
     "What its machines have cost until now, by the prices at which they were launched; those of earlier generations count while AWS shows them, about an hour"
-    ec2 = client(self.session, 'ec2', self.region)
-    with self._step('Looking for its machines'): return cost(all_machines(ec2, self.name))
+    with self._step('Looking for its machines'): return cost(all_machines(self.ec2, self.name))
 
 # %% ../../nbs/57_cluster.aws.ipynb #afd26e00
 _ssh_wait,_ssh_poll,_beat = 600,3,60 # Seconds: longest wait for a machine to be reached, between tries, between two signs of life for the watchdogs
@@ -194,6 +187,9 @@ def _connect(self:AWSCluster):
     threading.Thread(target=_beats, args=(tasks, self._over), daemon=True).start()
     return tasks
 
+_names = """[ "$(id -u)" = 0 ] || sudo=sudo
+$sudo bash -c '{ grep -v "# fastimagenet$" /etc/hosts; cat; } > /run/fastimagenet.hosts && cat /run/fastimagenet.hosts > /etc/hosts' && touch ~/fastimagenet/watch/lease"""
+
 @patch
 def _ready(self:AWSCluster, names, task):
     "Wait until the machine is set up, and give it the names of all"
@@ -201,12 +197,18 @@ def _ready(self:AWSCluster, names, task):
     while True:
         try:
             problems = task.sh('cat ~/fastimagenet/watch/ready')
-            task.sh("sudo sed -i '/# fastimagenet$/d' /etc/hosts && sudo tee -a /etc/hosts > /dev/null && touch ~/fastimagenet/watch/lease", names)
+            task.sh(_names, names)
             break
         except HostError:
             if time.monotonic()>end: raise
         time.sleep(_ssh_poll)
     for line in problems.splitlines(): self.say(f'{task.name}: {line}')
+
+@patch
+def _disconnect(self:AWSCluster):
+    self._over.set()
+    for t in self._tasks or []: t.close()
+    self._tasks = None
 
 def _beats(tasks, over):
     def touch(t):
@@ -232,7 +234,7 @@ def __exit__(self:AWSCluster, kind, e, tb):
 
 @patch
 def _stay(self:AWSCluster):
-    self._over.set()
+    self._disconnect()
     look = f'ssh -F {self.ssh_config()} rank0' if (self.folder/'key').exists() else 'from the laptop that made it'
     self.say(f'The machines stay for {self.watch.get("failed", 20):g} minutes if nobody comes; touch ~/fastimagenet/watch/hold on them to keep them for an hour\n'
              f'To look: {look}\nTo remove it: {self.undo}')
@@ -243,7 +245,7 @@ def plan(self:AWSCluster)->Plan:
     "What `create` would do and cost at most. Nothing is changed"
     dry,c = DryRun(self.session, Location=self.zone or f'{self.region}?', AvailabilityZone=self.zone or f'{self.region}?', InstanceType=self.machine),copy.copy(self)
     lines = []
-    c.session,c.say,c._give_up = dry.session,lines.append,lambda e: None
+    c.session,c.say,c._give_up = dry.session,lambda line: dry.nodes or lines.append(line),lambda e: None # No machines will be reported
     with tempfile.TemporaryDirectory() as tmp:
         c._folder = Path(tmp)
         c._make()

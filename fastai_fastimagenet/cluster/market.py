@@ -125,7 +125,7 @@ def offers(
     res = [Offer(z, 'spot', *now.get(z, limit)) for z in zones if spot] + [Offer(z, 'on-demand', price, source) for z in zones if spot is not True]
     return sorted((o for o in res if zone in (None, o.zone)), key=lambda o: (o.price is None, o.price, o.market!='spot', o.zone))
 
-# %% ../../nbs/54_cluster.market.ipynb #afd26e00
+# %% ../../nbs/54_cluster.market.ipynb #ed7187d2
 _codes = [('p[2-4]','spot','L-7212CCBC'), ('p[5-9]','spot','L-C4BD4855'), ('p','on-demand','L-417A185B'), ('g','spot','L-3819A6DF'), ('vt','spot','L-3819A6DF'),
           ('g','on-demand','L-DB2E81BA'), ('vt','on-demand','L-DB2E81BA'), (r'[acmrt]\d','spot','L-34B43A08'), (r'[acmrt]\d','on-demand','L-1216C47A')]
 
@@ -140,7 +140,7 @@ def _check(quotas, region, machine, nodes, market):
     quota,why = _ask(lambda: quotas.get_service_quota(ServiceCode='ec2', QuotaCode=code)['Quota']['Value'])
     if why: return f'{what}; the quota {code} could not be looked up: {why}'
     if need>quota:
-        raise ValueError(f'{what}, your quota is {quota:.0f}. Ask for more at https://{region}.console.aws.amazon.com/servicequotas/home/services/ec2/quotas/{code}'
+        raise ValueError(f'{what}, your quota is {quota:.0f}. Ask for more at https://console.aws.amazon.com/servicequotas/home?region={region}#!/services/ec2/quotas/{code}'
                          + (f', or take {quota//machine.vcpus:.0f} machines' if quota>=machine.vcpus else ''))
     return f'{what}, your quota is {quota:.0f}'
 
@@ -162,7 +162,7 @@ def check_quota(
     if not good: raise ValueError('; '.join(str(r) for r in res.values()))
     return good
 
-# %% ../../nbs/54_cluster.market.ipynb #9924cc1a
+# %% ../../nbs/54_cluster.market.ipynb #caf90bba
 def hours_for(
     nodes:int, # Machines
     price:float, # USD per machine and hour; None if it is not known
@@ -179,7 +179,7 @@ def hours_for(
                                   f'give ${nodes*price*.5:.2f} for half an hour')
     return hours
 
-# %% ../../nbs/54_cluster.market.ipynb #6c7db17d
+# %% ../../nbs/54_cluster.market.ipynb #702df704
 def cost(
     instances:list, # As AWS describes them, with the tag of the price
     now:datetime=None # By default now

@@ -66,15 +66,11 @@ class Order:
     @property
     def undo(self)->str: return undo_command(self.name, self.region) # The command that removes it
 
+    @property
+    def ec2(self): return client(self.session, 'ec2', self.region)
     def _step(self, what): return cloud_step(what, self.name, self.region)
 
 # %% ../../nbs/56_cluster.order.ipynb #79d33a7b
-@patch
-def _clients(self:Order):
-    "They are made one after the other, since boto3 does not allow more"
-    self.ec2,self.ssm,self.efs_client = [client(self.session, s, self.region) for s in ('ec2','ssm','efs')]
-    self.ec2_once = client(self.session, 'ec2', self.region, attempts=1)
-
 @patch
 def look_up(self:Order):
     "Sets `info`, `offers`, `disk` and `cidr`; `ValueError` or `CloudError` if it cannot be"
@@ -82,7 +78,7 @@ def look_up(self:Order):
     def prices():
         with self._step('Looking up the prices'): return offers(self.session, self.machine, self.region, self.spot, self.zone)
     def image():
-        with self._step('Looking up the image'): return find_image(self.ec2, self.ssm, self.info.arch, self.image)
+        with self._step('Looking up the image'): return find_image(self.ec2, client(self.session, 'ssm', self.region), self.info.arch, self.image)
     cidr = lambda: check_cidr(self.ssh_from) if self.ssh_from else my_cidr()
     found,quota,self.disk,self.cidr = together(prices, lambda: check_quota(self.session, self.region, self.info, self.nodes, self.spot), image, cidr)
     self._quota,found = list(quota.values()),[o for o in found if o.market in quota]
@@ -116,7 +112,7 @@ def show(self:Order):
     for usd,o in sorted({most[0], max(most, key=lambda p: p[0])}, key=lambda p: p[0]) if most else []:
         self.say(f'At most ${usd:.2f}: {n} x ${o.price:.2f} x {self._hours(o):.2f} hours, {o.market}; disks and traffic are not in it')
 
-# %% ../../nbs/56_cluster.order.ipynb #800a8d46
+# %% ../../nbs/56_cluster.order.ipynb #3850509f
 @patch
 def _keys(self:Order):
     "Public key of ssh, and both halves of the host key"
@@ -142,13 +138,13 @@ def launch(self:Order):
     "New machines, and what they need around them"
     public,host_key,host = self._keys()
     net = ensure_network(self.ec2, self.name, self.region, list(dict.fromkeys(o.zone for o in self.offers)), self._tags(self.max_hours), public, self.cidr,
-                         self.efs, self.efs_client, self.nodes>1 and self.info.grouped)
+                         self.efs, client(self.session, 'efs', self.region), self.nodes>1 and self.info.grouped)
     if one_way_in(self.info, self.nodes): self.allocate()
-    found,offer = rent(self.ec2, self.ec2_once, self.name, self.region, self.generation, self.offers, self.nodes, partial(self._request, net, host_key, host), net.vpc, self.say)
+    found,offer = rent(self.ec2, client(self.session, 'ec2', self.region, attempts=1), self.name, self.region, self.generation, self.offers, self.nodes, partial(self._request, net, host_key, host), net.vpc, self.say)
     self.say(f'{self.nodes} machines run: {offer}')
     return found
 
-# %% ../../nbs/56_cluster.order.ipynb #8ca73774
+# %% ../../nbs/56_cluster.order.ipynb #3dff9c27
 @patch
 def allocate(self:Order):
     "Id of the public address of rank 0"
