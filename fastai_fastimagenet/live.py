@@ -68,8 +68,9 @@ class LiveView(FitCallback):
             if not bar: say(f'epoch {self.epoch}, step {learn.iter+1} of {learn.n_iter}: loss {float(learn.recorder.smooth_loss.value):.4f}, {self.text}')
         if bar and self.text: bar.comment = f'{bar.comment}, {self.text}'
 
-    def minutes_left(self)->float:
+    def minutes_left(self)->float: # None before the first step
         "Until the end of the fit, if work goes on at the pace so far; work is counted in pixels"
+        if self.done_before is None: return
         done = _work_done(self.work, epoch_pos(self.learn))
         return (sum(map(sum, self.work))-done)*(time.perf_counter()-self.began)/(done-self.done_before)/60
 

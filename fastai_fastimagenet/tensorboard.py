@@ -82,7 +82,8 @@ class TensorBoard(FitCallback):
         if not self.writer or not rows or rows[-1]['epoch']!=self.epoch: return
         parts = {k[:-2]: v for k,v in rows[-1].items() if k.endswith('_s') and k!='images_s'}
         live,minutes = vars(self.learn).get('live_view'),rows[-1]['minutes']
-        self._write({'times/minutes':minutes, **({'times/minutes_predicted':minutes+live.minutes_left()} if live else {}), # Those of the whole fit
+        left = live and live.minutes_left()
+        self._write({'times/minutes':minutes, **({} if left is None else {'times/minutes_predicted':minutes+left}), # Those of the whole fit
                      **{f'stalls/{k}': v/sum(parts.values()) for k,v in parts.items()}})
         self.writer.flush()
 
