@@ -63,6 +63,7 @@ def write_ssh_config(
 
 # %% ../../nbs/51_cluster.ssh.ipynb #6e9c06c3
 _connect_timeout = 4 # Seconds for coming back after a dropped connection, and for `alive`
+_soon = ['-o', f'ConnectTimeout={_connect_timeout}']
 
 _reasons = {
     'REMOTE HOST IDENTIFICATION HAS CHANGED': 'it shows another host key than the one known. If it was installed anew, remove the old key '
@@ -121,17 +122,17 @@ class SSHTask(Task):
 
     def alive(self)->bool:
         "Does it answer?"
-        try: self._reconnect()
+        try: self._connect(*_soon)
         except HostError: return False
         return super().alive()
 
     def _reconnect(self):
         end = time.monotonic()+_connect_timeout
         while True:
-            try: return self._connect('-o', f'ConnectTimeout={_connect_timeout}')
+            time.sleep(.2) # The process of the old connection closes its sockets one by one
+            try: return self._connect(*_soon)
             except HostDead:
                 if time.monotonic()>=end: raise
-            time.sleep(.5)
 
     def close(self):
         "End the shared connection; what runs on the machine goes on"
@@ -162,12 +163,11 @@ def _call(self:SSHTask, cmd, input, timeout, what):
 @patch
 def _again(self:SSHTask, copy):
     self._connect()
-    before = self._socket.stat().st_ino
+    before = self._socket.stat().st_ctime_ns
     try: copy()
     except HostError:
-        time.sleep(.2) # A process that is killed closes its sockets one by one
         self._reconnect()
-        if self._socket.stat().st_ino==before: raise
+        if self._socket.stat().st_ctime_ns==before: raise
         copy()
 
 @cache
