@@ -1,6 +1,7 @@
 "Three machines with an sshd of their own: what happens when connections, workers and machines are lost"
-import fcntl, os, pty, re, select, shlex, signal, subprocess, sys, termios, threading, time
+import fcntl, os, pty, re, select, shlex, signal, subprocess, sys, tempfile, termios, threading, time
 from contextlib import contextmanager
+from hashlib import sha1
 from pathlib import Path
 import pytest
 from hosts import make_hosts
@@ -15,7 +16,8 @@ def hosts():
 @pytest.fixture
 def cluster(hosts):
     with hosts.cluster() as c: yield c
-    assert not any(masters(c)) and not [h for h in hosts if h.inside('pgrep', '-f', 'tmux|FASTIMAGENET', check=False)]
+    assert not list(Path(tempfile.gettempdir()).glob(f'fi-*-{sha1(str(c.tasks[0].config).encode()).hexdigest()[:8]}'))
+    assert not [h for h in hosts if h.inside('pgrep', '-f', 'tmux|FASTIMAGENET', check=False)]
 
 def masters(c):
     "Process numbers of the shared connections"

@@ -7,6 +7,7 @@ __all__ = ['cluster_folder', 'write_ssh_config', 'SSHTask', 'SSHCluster']
 
 # %% ../../nbs/51_cluster.ssh.ipynb #a9530aa6
 import os, posixpath, re, shlex, shutil, socket, subprocess, sys, tempfile, threading, time
+from contextlib import suppress
 from functools import cache
 from hashlib import sha1
 from pathlib import Path
@@ -136,7 +137,9 @@ class SSHTask(Task):
 
     def close(self):
         "End the shared connection; what runs on the machine goes on"
+        sock,end = self._socket,time.monotonic()+2
         if self._connected(): subprocess.run(self._ssh('-O', 'exit'), capture_output=True, timeout=30)
+        while sock.exists() and time.monotonic()<end: time.sleep(.02)
 
     def _popen(self, cmd, timeout=None, **kwargs):
         self._connect()
@@ -225,6 +228,7 @@ class SSHCluster(Cluster):
     def close(self):
         "End the connections; what runs on the machines goes on"
         self.each(lambda t: t.close())
+        with suppress(OSError): self.tasks[0]._socket.parent.rmdir()
 
     def down(self):
         "End everything that runs in the work folders, and the connections"
