@@ -36,7 +36,7 @@ def until(f, what, timeout=120):
 
 def test_a_laptop_needs_no_torch():
     code = '''import sys
-from fastai_fastimagenet.cluster import job, torchrun, prepare, run, board, many
+from fastai_fastimagenet.cluster import job, torchrun, check, prepare, run, board, many
 print([m for m in ('torch','fastai','numpy','pandas','boto3') if m in sys.modules])'''
     assert run(sys.executable, '-c', code).stdout.strip()=='[]'
 
