@@ -15,10 +15,12 @@ from fastai_fastimagenet.cluster.board import *
 from fastai_fastimagenet.cluster.many import *
 from fastai_fastimagenet.cluster import run as run_module
 
+one_thread = dict(OMP_NUM_THREADS=1) # Threads of several processes on two cores only wait for each other
+
 def table(*lengths): return Schedule([Phase(lengths[0], size=32, bs=16, lr=(.02,.1), min_scale=.5), Phase(lengths[1], size=48, lr=(.1,0), rect=True)])
 
 def training(data, out, schedule, **kwargs):
-    return Job('fastai_fastimagenet.train', schedule=schedule, data=data, arch='resnet_small', workers=0, out=out, name=out.name, **kwargs)
+    return Job('fastai_fastimagenet.train', schedule=schedule, data=data, arch='resnet_small', workers=0, out=out, name=out.name, env=one_thread, **kwargs)
 
 def running(*marks):
     "Processes of runs in folders that begin with `marks`"
@@ -34,7 +36,7 @@ def until(f, what, timeout=120):
 
 def test_a_laptop_needs_no_torch():
     code = '''import sys
-from fastai_fastimagenet.cluster import job, torchrun, prepare, run, board, many
+from fastai_fastimagenet.cluster import job, torchrun, check, prepare, run, board, many
 print([m for m in ('torch','fastai','numpy','pandas','boto3') if m in sys.modules])'''
     assert run(sys.executable, '-c', code).stdout.strip()=='[]'
 
@@ -166,14 +168,14 @@ def test_training_on_three_machines(machines, cluster, small_photos, tmp_path):
     "One torchrun on each; the connection drops; all comes home; the curves are seen through a tunnel"
     cluster.upload(small_photos, '/mnt/photos')
     said = []
-    r = cluster.run(training('/mnt/photos', tmp_path/'three', table(3, 1)), say=said.append)
+    r = cluster.run(training('/mnt/photos', tmp_path/'three', table(5, 1)), say=said.append)
     assert any(s=='All-reduce over 3 processes on 3 machines: right' for s in said)
     until(lambda: any(l.startswith('         0 ') for l in r.lines), 'the first epoch')
     cluster.tasks[0].close()
     lines = []
     r.follow(lines.append)
-    assert r.status=='done' and r.result['processes']==3 and r.result['epochs']==4 and 'Schedule: 4 epochs, 3 processes' in lines
-    for epoch in range(4): assert sum(l.startswith(f'         {epoch} ') for l in lines)==1 # None lost, none doubled
+    assert r.status=='done' and r.result['processes']==3 and r.result['epochs']==6 and 'Schedule: 6 epochs, 3 processes' in lines
+    for epoch in range(6): assert sum(l.startswith(f'         {epoch} ') for l in lines)==1 # None lost, none doubled
     home = {f.relative_to(tmp_path/'three').as_posix() for f in (tmp_path/'three').rglob('*')}
     assert {'history.csv','model.pth','job.json',*(f'logs/{h.address}.log' for h in machines)} <= home
     assert len([f for f in home if f.startswith('checkpoints/')])==3
@@ -193,7 +195,7 @@ while True:
 def broken(cluster, tmp_path, name, how, within):
     "The `JobError` of a program on all machines when `how()` has happened to it, `within` seconds"
     (tmp_path/'loop.py').write_text(loop)
-    r = cluster.run(Job('loop.py', folder=tmp_path, out=tmp_path/name, name=name), say=print)
+    r = cluster.run(Job('loop.py', folder=tmp_path, out=tmp_path/name, name=name, env=one_thread), say=print)
     until(lambda: r.lines.count('step')>3, 'the first steps')
     began = time.monotonic()
     how()
