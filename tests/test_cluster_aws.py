@@ -72,13 +72,13 @@ def test_machines_are_as_ordered(aws, session):
     tags = tags_of(first)
     assert tags['fastimagenet:generation']=='1' and '@' in tags['fastimagenet:owner'] and float(tags['fastimagenet:price'])==7.686
     assert timedelta(hours=2.9)<datetime.fromisoformat(tags['fastimagenet:expires'])-datetime.now(timezone.utc)<timedelta(hours=3)
-    what = ec2.describe_instance_attribute(InstanceId=first['InstanceId'], Attribute='instanceInitiatedShutdownBehavior')
+    what = session.client('ec2', endpoint_url=aws.moto).describe_instance_attribute(InstanceId=first['InstanceId'], Attribute='instanceInitiatedShutdownBehavior')
     assert what['InstanceInitiatedShutdownBehavior']['Value']=='terminate' and 'IamInstanceProfile' not in first
 
 def test_user_data(aws, session):
     import base64
     c = order(session, 1, max_hours=.5).create()
-    data = session.client('ec2').describe_instance_attribute(InstanceId=c.instances[0]['InstanceId'], Attribute='userData')['UserData']['Value']
+    data = session.client('ec2', endpoint_url=aws.moto).describe_instance_attribute(InstanceId=c.instances[0]['InstanceId'], Attribute='userData')['UserData']['Value']
     text = base64.b64decode(data).decode()
     assert '#!/bin/bash\nshutdown -P +30\n' in text or '#!/bin/bash\nshutdown -P +29\n' in text
     inside = lambda key: [l in text for l in key.read_text().splitlines()[3:5]] # The secret lines

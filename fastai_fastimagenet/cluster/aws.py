@@ -46,8 +46,7 @@ def _adopt(self:AWSCluster, found):
             self.address = {**self.address, 'NetworkInterfaceId': nic}
         first['PublicIpAddress'] = self.address['PublicIp']
     self.instances,self.generation,self._tasks = found,max(self.generation, generation_of(first)),None
-    ends = tags_of(first).get('fastimagenet:expires')
-    self.ends = self.ends or (datetime.fromisoformat(ends) if ends else None)
+    self.ends = self.ends or ((ends := tags_of(first).get('fastimagenet:expires')) and datetime.fromisoformat(ends))
 
 # %% ../../nbs/57_cluster.aws.ipynb #7deb57db
 @patch
@@ -195,12 +194,10 @@ def _ready(self:AWSCluster, names, task):
     "Wait until the machine is set up, and give it the names of all"
     end = time.monotonic()+_ssh_wait
     while True:
-        try:
-            problems = task.sh('cat ~/fastimagenet/watch/ready')
-            task.sh(_names, names)
-            break
+        try: problems = task.sh(f'cat ~/fastimagenet/watch/ready || exit\n{_names}', names)
         except HostError:
             if time.monotonic()>end: raise
+        else: break
         time.sleep(_ssh_poll)
     for line in problems.splitlines(): self.say(f'{task.name}: {line}')
 

@@ -51,7 +51,8 @@ class Order:
     ):
         if not re.fullmatch('[a-z][a-z0-9-]{0,29}', name): raise ValueError(f'A name has small letters, digits and -, begins with a letter, and has at most 30 characters, got {name!r}')
         if nodes<1: raise ValueError(f'`nodes` must be 1 or more, got {nodes}')
-        hours_for(nodes, 0, max_hours)
+        if max_hours<.1: raise ValueError(f'`max_hours` must be .1 or more, as machines take some minutes to start, got {max_hours}')
+        hours_for(nodes, 1e-6, max_hours, max_dollars)
         watchdog('w', 60, **watch)
         if volume: disks(Image('', '', '', '', 0), volume)
         store_attr('name,nodes,machine,spot,zone,image,volume,efs,max_hours,max_dollars,ssh_from,user,python,say,watch')
@@ -90,7 +91,7 @@ def look_up(self:Order):
 def _hours(self:Order, offer):
     "Hours that machines of `offer` may live from now on"
     left = self.max_hours if not self.ends else (self.ends-datetime.now(timezone.utc)).total_seconds()/3600
-    if left<=.1: raise ValueError(f'The time of cluster {self.name} is over. Remove it: {self.undo}')
+    if self.ends and left<.1: raise ValueError(f'The time of cluster {self.name} is over. Remove it: {self.undo}')
     return hours_for(self.nodes, offer.price, left, self.max_dollars and max(self.max_dollars-self.spent, .01))
 
 @patch
