@@ -245,6 +245,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'fastai_fastimagenet/cluster/dryrun.py')},
             'fastai_fastimagenet.cluster.gate': { 'fastai_fastimagenet.cluster.gate.open_gate': ( 'cluster.gate.html#open_gate',
                                                                                                   'fastai_fastimagenet/cluster/gate.py'),
+                                                  'fastai_fastimagenet.cluster.gate.share_gate': ( 'cluster.gate.html#share_gate',
+                                                                                                   'fastai_fastimagenet/cluster/gate.py'),
                                                   'fastai_fastimagenet.cluster.gate.use_gate': ( 'cluster.gate.html#use_gate',
                                                                                                  'fastai_fastimagenet/cluster/gate.py')},
             'fastai_fastimagenet.cluster.inventory': { 'fastai_fastimagenet.cluster.inventory.ClusterState': ( 'cluster.inventory.html#clusterstate',

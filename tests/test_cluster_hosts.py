@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hosts import make_hosts
 from procs import kill_all, start
+from fastai_fastimagenet.cluster.gate import open_gate
 from fastai_fastimagenet.cluster.ssh import SSHCluster
 from fastai_fastimagenet.cluster.task import *
 
@@ -224,9 +225,23 @@ def test_through_the_first(hosts):
         try: assert c.sh('hostname; echo ${SSH_CLIENT%% *}')[1].split()==[hosts[1].name, hosts[0].address]
         finally: hosts[1].inside('ip', 'route', 'del', 'blackhole', hosts[1].address.rpartition('.')[0]+'.1')
 
+def test_the_gate(cluster):
+    "The second machine gets a page that only the first one sees"
+    first,second = cluster.tasks[:2]
+    first.sh('mkdir -p www && echo found > www/page')
+    first.run(f'exec {sys.executable} -m http.server -b 127.0.0.1 -d www 8099', wait=False)
+    get = f'{sys.executable} -c "import urllib.request; print(urllib.request.urlopen(\\"http://127.0.0.1:8099/page\\", timeout=10).read().decode())"'
+    try:
+        gate = open_gate(first, sys.executable)
+        assert open_gate(first, sys.executable)==gate==f'http://{first.address}:3128'
+        assert until(lambda: second.sh(f'http_proxy={gate} {get} || true'))=='found'
+        with pytest.raises(HostError, match='refused'): second.sh(get)
+    finally: first.sh("pkill -f '[g]ate.py'")
+
 def test_the_launcher_dies(hosts):
     "The run goes on, what followed it does not, and another launcher goes on with it"
-    prog = f'''from fastai_fastimagenet.cluster.ssh import SSHCluster
+    prog = f'''from fastai_fastimagenet.cluster.gate import open_gate
+from fastai_fastimagenet.cluster.ssh import SSHCluster
 c = SSHCluster(['root@{hosts[0].address}'], key='{hosts.key}', known_hosts='{hosts.known_hosts}')
 c.tasks[0].run({count!r}, 'count', wait=False).follow(lambda l: print(l, flush=True))'''
     p = start(sys.executable, '-c', prog)

@@ -14,6 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from .cloud import *
 from .dryrun import *
+from .gate import *
 from .market import *
 from .order import *
 from .rent import *
@@ -182,19 +183,17 @@ def _connect(self:AWSCluster):
     tasks = [SSHTask(config, f'rank{i}', i, o['PrivateIpAddress']) for i,o in enumerate(self.instances)]
     names = ''.join(f'{t.address} {t.name} # fastimagenet\n::ffff:{t.address} {t.name} # fastimagenet\n' for t in tasks)
     self.each(partial(self._ready, names), 'ssh', tasks)
+    if len(self.instances[0]['NetworkInterfaces'])>1: share_gate(tasks, self.python, self.region)
     self._over = threading.Event()
     threading.Thread(target=_beats, args=(tasks, self._over), daemon=True).start()
     return tasks
-
-_names = """[ "$(id -u)" = 0 ] || sudo=sudo
-$sudo bash -c '{ grep -v "# fastimagenet$" /etc/hosts; cat; } > /run/fastimagenet.hosts && cat /run/fastimagenet.hosts > /etc/hosts' && touch ~/fastimagenet/watch/lease"""
 
 @patch
 def _ready(self:AWSCluster, names, task):
     "Wait until the machine is set up, and give it the names of all"
     end = time.monotonic()+_ssh_wait
     while True:
-        try: problems = task.sh(f'cat ~/fastimagenet/watch/ready || exit\n{_names}', names)
+        try: problems = task.sh(f'cat ~/fastimagenet/watch/ready || exit\n{set_names} && touch ~/fastimagenet/watch/lease', names)
         except HostError:
             if time.monotonic()>end: raise
         else: break
