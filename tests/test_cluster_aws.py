@@ -173,8 +173,9 @@ def test_time_out(aws, session, monkeypatch):
     aws.set(faults=[dict(do='hang', seconds=2, action=a) for a in ('RunInstances','CreateVpc')])
     assert len(order(aws.session(region)).create().instances)==2
 
-def test_busy(aws, session):
-    aws.set(faults=[dict(do='error', action='RunInstances', code='RequestLimitExceeded', status=503, times=4)])
+@pytest.mark.parametrize('code,status', [('RequestLimitExceeded',503), ('InternalError',500), ('InvalidGroup.NotFound',400)]) # What was made just now is not known everywhere
+def test_repeated_by_us(aws, session, code, status):
+    aws.set(faults=[dict(do='error', action='RunInstances', code=code, status=status, times=4)])
     assert len(order(session).create().instances)==2 and aws.actions()['RunInstances']==5
 
 # -- later, and from elsewhere

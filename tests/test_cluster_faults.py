@@ -96,7 +96,9 @@ def inject(aws, session, start, run):
             aws.set(faults=[{**fault, 'action': action, 'skip': skip, **({} if 'code' in fault or fault['do']!='error' else {'code': quotas[action]})}])
             try: res = run(aws, session)
             except AssertionError as e: raise AssertionError(f'{kind} at {action} {skip}: {e}') from e
-            assert sum('fault' in o for o in aws.log())==1, f'{kind} at {action} {skip} did not happen'
+            if not any('fault' in o for o in aws.log()):
+                assert action=='DescribeInstances', f'{kind} at {action} {skip} did not happen'
+                continue # It had not to wait so long this time
             table[kind] += Counter({'faults': 1, res: 1})
             table[kind]['left over'] += 0 if run==run_create and res=='works' else len(aws.left())
     return table,names
@@ -115,15 +117,14 @@ def test_faults_of_create(world, show):
     table,names = inject(aws, session, aws.reset, run_create)
     show('create', table, len(names))
     assert len(names)==len(set(names))>30 and {'RunInstances','AllocateAddress','AssociateAddress'}<={a for a,_ in names}
-    assert table['throttled']['works']==len(names) # Repeated by botocore, or by us
-    assert table['no answer']['works']==len(names) and table['answer lost']['removed']==0
+    for kind in ('throttled','no answer','answer lost'): assert table[kind]['works']==table[kind]['faults']>15 # Repeated by botocore, or by us
     assert table['unauthorized']['removed'] and table['no capacity']['works']==1
 
 def test_faults_of_down(world, ready, show):
     aws,session = world
     table,names = inject(aws, session, ready, run_down)
     show('down', table, len(names))
-    assert table['throttled']['works']==table['no answer']['works']==len(names)
+    for row in table.values(): assert row['works']==row['faults']>9
 
 @pytest.fixture(scope='module')
 def launcher(world):
@@ -142,8 +143,8 @@ def killed(world, launcher, start, run, what):
     start()
     for action,skip in calls(aws, lambda: run(aws, session)):
         start()
-        assert launcher(what=what, action=action, skip=skip)=='killed', (action, skip)
-        yield action,skip
+        if launcher(what=what, action=action, skip=skip)=='killed': yield action,skip
+        else: assert action=='DescribeInstances', f'not killed at {action} {skip}' # It had not to wait so long this time
 
 def test_launcher_killed_in_create(world, launcher, show):
     "After each call: another launcher removes all, or makes the rest, and no more"

@@ -40,7 +40,7 @@ def _adopt(self:AWSCluster, found):
     first = found[0]
     if len(first['NetworkInterfaces'])>1:
         if not self.address: self.allocate()
-        nic = first['NetworkInterfaces'][0]['NetworkInterfaceId']
+        nic = min(first['NetworkInterfaces'], key=lambda n: (n['Attachment'].get('NetworkCardIndex', 0), n['Attachment']['DeviceIndex']))['NetworkInterfaceId']
         if self.address.get('NetworkInterfaceId')!=nic:
             with self._step('Giving rank 0 its public address'):
                 self.ec2.associate_address(AllocationId=self.address['AllocationId'], NetworkInterfaceId=nic, AllowReassociation=True)

@@ -96,7 +96,7 @@ def request(
     return dict(ImageId=image.id, InstanceType=machine.name, MinCount=nodes, MaxCount=nodes, ClientToken=token, KeyName=network.key_name, UserData=user_data,
         NetworkInterfaces=interfaces(machine, nodes, network.subnets[offer.zone], network.group), BlockDeviceMappings=disks(image, volume),
         InstanceInitiatedShutdownBehavior='terminate', MetadataOptions=dict(HttpEndpoint='enabled', HttpTokens='required', HttpPutResponseHopLimit=2, InstanceMetadataTags='enabled'),
-        TagSpecifications=[dict(ResourceType=k, Tags=tag_list({**tags, price_tag: offer.price} if offer.price is not None else tags)) for k in kinds],
+        TagSpecifications=[dict(ResourceType=k, Tags=tag_list({**tags, price_tag: offer.price} if k=='instance' and offer.price is not None else tags)) for k in kinds],
         Placement=dict(AvailabilityZone=offer.zone, **(dict(GroupName=group) if group else {})),
         **(dict(InstanceMarketOptions=dict(MarketType='spot', SpotOptions=dict(SpotInstanceType='one-time', InstanceInterruptionBehavior='terminate'))) if spot else {}))
 
@@ -113,7 +113,7 @@ class NoMachines(Exception): "A place had no machines, or they did not stay"
 def _repeat(e):
     from botocore.exceptions import ConnectionError, HTTPClientError
     from botocore.parsers import ResponseParserError
-    return error_code(e) in _busy or isinstance(e, (ConnectionError,HTTPClientError,ResponseParserError))
+    return error_code(e) in _busy or error_code(e).endswith(('.NotFound','.Unknown')) or isinstance(e, (ConnectionError,HTTPClientError,ResponseParserError))
 
 def _run(ec2, req):
     from botocore.exceptions import BotoCoreError, ClientError
