@@ -1,6 +1,7 @@
 "Three machines with an sshd of their own: what happens when connections, workers and machines are lost"
-import fcntl, os, pty, re, select, shlex, signal, subprocess, sys, termios, threading, time
+import fcntl, os, pty, re, select, shlex, signal, subprocess, sys, tempfile, termios, threading, time
 from contextlib import contextmanager
+from hashlib import sha1
 from pathlib import Path
 import pytest
 from hosts import make_hosts
@@ -15,7 +16,8 @@ def hosts():
 @pytest.fixture
 def cluster(hosts):
     with hosts.cluster() as c: yield c
-    assert not any(masters(c)) and not [h for h in hosts if h.inside('pgrep', '-f', 'tmux|FASTIMAGENET', check=False)]
+    assert not list(Path(tempfile.gettempdir()).glob(f'fi-*-{sha1(str(c.tasks[0].config).encode()).hexdigest()[:8]}'))
+    assert not [h for h in hosts if h.inside('pgrep', '-f', 'tmux|FASTIMAGENET', check=False)]
 
 def masters(c):
     "Process numbers of the shared connections"
@@ -134,46 +136,53 @@ def test_a_worker_is_killed(cluster):
     p.stop(1)
     assert p.status==143 and t.sh('pgrep -f "[s]leep 100$" || echo none')=='none'
 
+@contextmanager
+def back(host):
+    "`host` is there again afterwards"
+    try: yield
+    finally:
+        if host.inside('pgrep', 'sshd', check=False): host.mend() # Only the cable was cut
+        else:
+            host.off()
+            host.start()
+        until(host.listens)
+
+def follow_all(c, runs, lost):
+    "Follow the `runs` until that on machine `lost` ends, then stop the others; the `ClusterError`, what was seen, and when it ended"
+    seen,ends = [[] for _ in runs],{}
+    def follow(t):
+        try: return runs[t.rank].follow(seen[t.rank].append)
+        finally: ends[t.rank] = time.monotonic()
+    def stop():
+        until(lambda: lost in ends, 30)
+        for r in runs[:lost]: r.stop()
+    with later(0, stop), pytest.raises(ClusterError) as e: c.each(follow)
+    return e.value,seen,ends[lost]
+
 @pytest.mark.parametrize('how', ['crash', 'off', 'cut'])
 def test_a_machine_is_lost(hosts, how):
     "All processes killed, power off, cable cut: noticed in time with the last output, by name; the others do not mind; afterwards all is well"
     with hosts.cluster() as c:
-        runs,seen,ends = c.each(lambda t: t.run(count, wait=False)),{},{}
-        def follow(t):
-            lines = seen.setdefault(t.rank, [])
-            try: return runs[t.rank].follow(lines.append)
-            finally: ends[t.rank] = time.monotonic()
-        def rest(): until(lambda: 2 in ends, 20); runs[0].stop(); runs[1].stop()
-        stopper = threading.Timer(2, rest)
-        with later(1.5, getattr(hosts[2], how)) as at:
-            stopper.start()
-            with pytest.raises(ClusterError) as e: c.each(follow)
-        stopper.join()
-        [err] = e.value.errors
-        assert type(err) is HostDead and err.host==hosts[2].address and 'cannot be reached' in str(err) and err.lines==seen[2][-20:] and len(err.lines)==20
-        assert ends[2]-at[0]<12, f'noticed after {ends[2]-at[0]:.1f} s'
-        assert all(s==[str(i+1) for i in range(len(s))] for s in seen.values()) and len(seen[0])>len(seen[2])
-        assert c.alive()=={t.name: t.rank<2 for t in c.tasks}
-        if how=='cut': hosts[2].mend()
-        else:
-            hosts[2].off()
-            hosts[2].start()
-            until(hosts[2].listens)
-        assert until(lambda: c.tasks[2].alive())
+        runs = c.each(lambda t: t.run(count, wait=False))
+        with back(hosts[2]):
+            with later(1.5, getattr(hosts[2], how)) as at: error,seen,end = follow_all(c, runs, 2)
+            [err] = error.errors
+            assert type(err) is HostDead and err.host==hosts[2].address and 'cannot be reached' in str(err) and err.lines==seen[2][-20:] and len(err.lines)==20
+            assert end-at[0]<12, f'noticed after {end-at[0]:.1f} s'
+            assert all(s==[str(i+1) for i in range(len(s))] for s in seen) and len(seen[0])>len(seen[2])
+            assert c.alive()=={t.name: t.rank<2 for t in c.tasks}
+        until(c.tasks[2].alive)
         p = c.tasks[2].process(runs[2].name)
         if how=='cut': assert p.status is None and int(p.tail(1)[0])>int(seen[2][-1])
         else: assert p.status==137
 
 def test_the_way_out_names_the_first_error(hosts, capsys):
     "A machine that is lost inside `with` cannot be tidied up; its error comes first"
-    with pytest.raises(KeyError), hosts.cluster() as c:
+    with back(hosts[0]), pytest.raises(KeyError), hosts.cluster() as c:
         c.sh('true')
         hosts[0].crash()
         raise KeyError
     assert f'{hosts[0].address}: cannot be reached' in capsys.readouterr().err
-    hosts[0].off()
-    hosts[0].start()
-    until(hosts[0].listens)
 
 def test_refused(hosts, tmp_path):
     "An unknown host key, another one than known, a private key that others may read, a wrong key: said with what to do"

@@ -120,7 +120,8 @@ def test_sigterm_is_heard(task):
 
 def test_killed_without_a_word(task):
     "While anything of it lives it runs; then its status is 137"
-    p = task.run('setsid sleep 100 & echo $! > worker; kill -9 $(cat $FASTIMAGENET_RUN/pid); kill -9 $$', wait=False)
+    p = task.run('''setsid bash -c 'echo $$ > worker; exec sleep 100' & until [ -s worker ]; do sleep .05; done
+        kill -9 $(cat $FASTIMAGENET_RUN/pid); kill -9 $$''', wait=False)
     until(lambda: of_run(p)==['sleep'])
     assert p.status is None
     os.kill(int(Path(task.folder, 'worker').read_text()), signal.SIGKILL)

@@ -7,6 +7,7 @@ __all__ = ['cluster_folder', 'write_ssh_config', 'SSHTask', 'SSHCluster']
 
 # %% ../../nbs/51_cluster.ssh.ipynb #a9530aa6
 import os, posixpath, re, shlex, shutil, socket, subprocess, sys, tempfile, threading, time
+from contextlib import suppress
 from functools import cache
 from hashlib import sha1
 from pathlib import Path
@@ -63,6 +64,7 @@ def write_ssh_config(
 
 # %% ../../nbs/51_cluster.ssh.ipynb #6e9c06c3
 _connect_timeout = 4 # Seconds for coming back after a dropped connection, and for `alive`
+_soon = ['-o', f'ConnectTimeout={_connect_timeout}']
 
 _reasons = {
     'REMOTE HOST IDENTIFICATION HAS CHANGED': 'it shows another host key than the one known. If it was installed anew, remove the old key '
@@ -121,21 +123,23 @@ class SSHTask(Task):
 
     def alive(self)->bool:
         "Does it answer?"
-        try: self._reconnect()
+        try: self._connect(*_soon)
         except HostError: return False
         return super().alive()
 
     def _reconnect(self):
         end = time.monotonic()+_connect_timeout
         while True:
-            try: return self._connect('-o', f'ConnectTimeout={_connect_timeout}')
+            time.sleep(.2) # The process of the old connection closes its sockets one by one
+            try: return self._connect(*_soon)
             except HostDead:
                 if time.monotonic()>=end: raise
-            time.sleep(.5)
 
     def close(self):
         "End the shared connection; what runs on the machine goes on"
+        sock,end = self._socket,time.monotonic()+2
         if self._connected(): subprocess.run(self._ssh('-O', 'exit'), capture_output=True, timeout=30)
+        while sock.exists() and time.monotonic()<end: time.sleep(.02)
 
     def _popen(self, cmd, timeout=None, **kwargs):
         self._connect()
@@ -162,12 +166,11 @@ def _call(self:SSHTask, cmd, input, timeout, what):
 @patch
 def _again(self:SSHTask, copy):
     self._connect()
-    before = self._socket.stat().st_ino
+    before = self._socket.stat().st_ctime_ns
     try: copy()
     except HostError:
-        time.sleep(.2) # A process that is killed closes its sockets one by one
         self._reconnect()
-        if self._socket.stat().st_ino==before: raise
+        if self._socket.stat().st_ctime_ns==before: raise
         copy()
 
 @cache
@@ -225,6 +228,7 @@ class SSHCluster(Cluster):
     def close(self):
         "End the connections; what runs on the machines goes on"
         self.each(lambda t: t.close())
+        with suppress(OSError): self.tasks[0]._socket.parent.rmdir()
 
     def down(self):
         "End everything that runs in the work folders, and the connections"
