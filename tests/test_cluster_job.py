@@ -235,7 +235,8 @@ file = Path(os.environ['OUT_DIR'])/'count'
 first = int(file.read_text()) if sys.argv[1:]==['--go-on'] else 0
 print('from', first, flush=True)
 for i in range(first, first+40 if first else 10**6):
-    file.write_text(str(i))
+    Path('new').write_text(str(i))
+    os.replace('new', file) # It may be copied at any moment
     time.sleep(.05)"""
 
 def test_a_lost_machine_is_replaced(machines, tmp_path):
