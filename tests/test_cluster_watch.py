@@ -158,6 +158,13 @@ def test_newest_run_decides(machine):
     assert machine.wait(5*minute)
     assert 'run b is done' in machine.why and new.exists()
 
+def test_tensorboard_keeps_no_machine(machine):
+    machine.run('a', status=0)
+    machine.run('tensorboard-1a2b3c', log='it serves')
+    machine.start(done=5, hung=30)
+    assert machine.wait(5*minute)
+    assert 'run a is done' in machine.why
+
 def test_any_active_run_counts(machine):
     "The newest is done; one whose `run.sh` has an older date, since the clock was corrected, begins and ends after it"
     machine.run('new', status=0)

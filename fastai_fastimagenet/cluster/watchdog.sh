@@ -52,12 +52,12 @@ disk() { # MiB that the processes of run $1 have read and written
     echo $((sum >> 20))
 }
 
-find_runs() { # The $active ones, and the $newest of all
+find_runs() { # The $active ones, and the $newest of all; who only looks at curves keeps no machine
     local dir run
     active=() newest=''
     for dir in "$FOLDER"/runs/*/; do
         run=${dir%/}
-        [ -f "$run/run.sh" ] || continue
+        [ -f "$run/run.sh" ] && [[ ${run##*/} != tensorboard-* ]] || continue
         [ -f "$run/status" ] && [ -s "$run/status" ] || active+=("$run")
         if [ -z "$newest" ] || [ "$run/run.sh" -nt "$newest/run.sh" ]; then newest=$run; fi
     done
