@@ -219,7 +219,7 @@ def test_create_after_the_machines_ended(aws, session):
     assert order(session).create().generation==2 and changes(aws.actions()-before)==Counter(RunInstances=1, AssociateAddress=1)
 
 # -- the end of a block
-class JobFailed(Exception): grace = 20
+class JobFailed(Exception): look = True
 
 def test_block(aws, session):
     with order(session) as c: assert len(c.instances)==2

@@ -225,7 +225,7 @@ def __enter__(self:AWSCluster):
 @patch
 def __exit__(self:AWSCluster, kind, e, tb):
     with self._stack:
-        if not getattr(e, 'grace', 0): self.down()
+        if not getattr(e, 'look', False): self.down()
         else: self._stay()
 
 @patch

@@ -59,12 +59,11 @@ class Job:
         env:dict=None, # Environment variables
         secrets:dict=None, # More of them, e.g. tokens: never in a command line, a log or a file that others can read
         resume:list=None, # Arguments with which the script goes on from '{out}', in place of `args`
-        grace:float=20, # Rented machines stay so long after a failure, for a person to look (minutes)
         sync_minutes:float=5, # What the run has left so far is brought home so often (minutes)
         max_relaunch:int=3, # Taken machines are replaced at most so many times
         **args # Options of the script: `lr=.1` becomes `--lr .1`
     ):
-        store_attr('script,nodes,nproc,setup,grace,sync_minutes,max_relaunch')
+        store_attr('script,nodes,nproc,setup,sync_minutes,max_relaunch')
         self.folder,self.env,self.secrets,self.args = Path(folder).expanduser().resolve(),env or {},secrets or {},args
         _check_script(script, self.folder)
         self.ours = script.startswith('fastai_fastimagenet.')

@@ -41,8 +41,8 @@ class Run:
             raise ValueError(f'{job.out} holds an earlier run. Go on with it by `resume=True`, or give the job another name')
         self.began = time.monotonic()
         try: self._start(resume)
-        except (JobError,HostError,ClusterError) as e:
-            e.grace = job.grace
+        except (HostError,ClusterError) as e:
+            e.look = True # As for a `JobError`
             raise
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -166,7 +166,7 @@ def _watch(self:Run):
             return self.collect()
     except Exception as e:
         self.error = e
-        if isinstance(e, JobError): e.name,e.grace,e.logs = self.job.name,self.job.grace,self.folder/'logs'
+        if isinstance(e, JobError): e.name,e.logs = self.job.name,self.folder/'logs'
         self._rescue()
     finally:
         self.minutes = (time.monotonic()-self.began)/60

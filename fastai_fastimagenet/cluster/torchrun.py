@@ -15,9 +15,10 @@ from .task import *
 # %% ../../nbs/59_cluster.torchrun.ipynb #98cd3222
 class JobError(Exception):
     "Job `name` failed: first `node`, and `how`; `lines` is the last it said, `logs` where the rest is"
+    look = True # Rented machines stay for a while, for a person to look
     def __init__(self, name:str, node:str, how:str, lines=(), dead=False):
         self.name,self.node,self.how,self.lines,self.dead = name,node,how,list(lines),dead
-        self.others,self.logs,self.grace = {},None,20
+        self.others,self.logs = {},None
 
     def __str__(self):
         others = [f'After that: {", ".join(f"{n} {how}" for n,how in self.others.items())}'] if self.others else []
