@@ -207,7 +207,7 @@ def broken(cluster, tmp_path, name, how, within):
     return e.value
 
 def test_a_killed_worker_is_named(machines, cluster, tmp_path):
-    e = broken(cluster, tmp_path, 'worker', lambda: machines[1].inside('pkill', '-KILL', '-f', 'python -u loop.py'), 30)
+    e = broken(cluster, tmp_path, 'worker', lambda: machines[1].inside('pkill', '-KILL', '-f', 'python3? -u loop.py'), 30)
     assert e.node==machines[1].address and e.how.startswith('rank 1 was killed by SIGKILL') and not e.dead
 
 def test_a_cut_machine_is_named(machines, cluster, tmp_path):
