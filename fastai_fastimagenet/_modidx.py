@@ -613,6 +613,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'fastai_fastimagenet/cluster/ssh.py'),
                                                  'fastai_fastimagenet.cluster.ssh.SSHTask._send': ( 'cluster.ssh.html#sshtask._send',
                                                                                                     'fastai_fastimagenet/cluster/ssh.py'),
+                                                 'fastai_fastimagenet.cluster.ssh.SSHTask._since': ( 'cluster.ssh.html#sshtask._since',
+                                                                                                     'fastai_fastimagenet/cluster/ssh.py'),
                                                  'fastai_fastimagenet.cluster.ssh.SSHTask._socket': ( 'cluster.ssh.html#sshtask._socket',
                                                                                                       'fastai_fastimagenet/cluster/ssh.py'),
                                                  'fastai_fastimagenet.cluster.ssh.SSHTask._ssh': ( 'cluster.ssh.html#sshtask._ssh',

@@ -213,7 +213,7 @@ def lost_peers():
     try: yield
     except (Exception,SystemExit) as e:
         if isinstance(e, SystemExit) and not e.code: raise
-        if isinstance(e, RuntimeError) and 'lost the other processes' not in str(e) and any(o in str(e) for o in ('gloo/','NCCL','ProcessGroup','TCPStore')):
+        if isinstance(e, RuntimeError) and 'lost the other processes' not in str(e) and any(o in str(e) for o in ('gloo/','NCCL','ProcessGroup','TCPStore','pair closure')):
             try: raise RuntimeError(f'Rank {rank_distrib()} lost the other processes: one of {num_distrib()} ended, hangs or took other '
                                     f'steps than this one. If another rank has an error, that is the cause; else look for code that not all ranks go through. Below: {str(e).strip().splitlines()[-1]}') from e
             except RuntimeError as e2: e = e2

@@ -44,12 +44,13 @@ def _seed_each(samps, seed):
 
 def _own_random(batches):
     "`batches`, with the random states outside left as they are while each is made; a worker process has no use for them"
+    # NumPy forgets the second of a pair of normal numbers, which may wait there; its state would take ten times as long to save and to set
     if get_worker_info(): yield from batches
     own = np.random.MT19937()
     while True:
         states = random.getstate(),np.random.get_bit_generator(),torch.get_rng_state()
         try:
-            np.random.set_bit_generator(own) # NumPy's state would take ten times as long to save and to set
+            np.random.set_bit_generator(own)
             b = next(batches, None)
         finally:
             random.setstate(states[0])
@@ -143,6 +144,7 @@ class RankDL(TfmdDL):
     def after_batch(self, b):
         f,self.at_first = self.at_first,noop
         f()
+        if f is not noop and not self.fake_l.num_workers: np.random.set_bit_generator(np.random.get_bit_generator()) # Forgets as in `_own_random`
         return self.dl.after_batch(b)
     def before_iter(self): self.dl.before_iter()
     def after_iter(self): self.dl.after_iter()

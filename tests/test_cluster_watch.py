@@ -239,6 +239,26 @@ def test_silent_download(machine):
         machine.wait()
     assert machine.wait(30*minute)
 
+reader = '''
+import sys
+for line in sys.stdin:
+    print(len(open(sys.argv[1], 'rb').read()), flush=True)
+'''
+
+def test_silent_training(machine):
+    "A run that prints nothing and reads pictures which are in memory already is not hung; when it stops reading, it is"
+    run = machine.run('a', log='')
+    (machine.path/'pictures').write_bytes(bytes(4<<20))
+    p = machine.popen([sys.executable, '-c', reader, machine.path/'pictures'], env={'FASTIMAGENET_RUN':str(run)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    machine.start(hung=30)
+    for _ in range(3):
+        assert not machine.wait(20*minute)
+        p.stdin.write('more\n')
+        p.stdin.flush()
+        assert p.stdout.readline()==f'{4<<20}\n'
+        machine.wait()
+    assert machine.wait(30*minute)
+
 def test_no_launcher_and_no_run_since_boot(machine):
     machine.start(boot=30, lease=10)
     assert not machine.wait(30*minute-1)

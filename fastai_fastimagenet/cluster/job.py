@@ -91,6 +91,7 @@ _slurm = '''#!/bin/bash
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
 #SBATCH --time={time}
 {more}#SBATCH --output={name}-%j.log
 #SBATCH --open-mode=append
@@ -107,7 +108,7 @@ if [ -n "$(ls -A "$OUT_DIR")" ]; then args=("${{go_on[@]}}"); else args=("${{sta
 
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-srun --kill-on-bad-exit=0 --wait=60 bash -c 'exec python -m torch.distributed.run --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \\
+srun --cpu-bind=none --kill-on-bad-exit=0 --wait=60 bash -c 'exec python -m torch.distributed.run --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \\
     --nproc-per-node {nproc} --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$@"' torchrun "${{args[@]}}" &
 step=$! over=
 trap 'over=1; scancel --signal=TERM "$SLURM_JOB_ID.0"' USR1
@@ -121,11 +122,13 @@ exit "$code"
 @patch
 def slurm(self:Job,
     nodes:int=1, # Machines
-    gpus:int=8, # GPUs per machine, one process each; 0: none, one process
+    gpus:int=None, # GPUs per machine, one process each; by default `nproc`, or 8; 0: none, one process
     time:str='04:00:00', # Longest time before the job is put back into the queue, as Slurm writes it
     partition:str=None # Where to queue
 )->str:
     "Script for `sbatch` that runs this job, saves its state before the time is over, and goes on"
+    gpus = (self.nproc or 8) if gpus is None else gpus
+    if nodes<1 or gpus<0: raise ValueError(f'`nodes` must be 1 or more, `gpus` 0 or more, got {nodes} and {gpus}')
     more = ([f'#SBATCH --gpus-per-node={gpus}\n'] if gpus else []) + ([f'#SBATCH --partition={partition}\n'] if partition else [])
     before = [f'# Set before sbatch, which passes it on: {k}' for k in self.secrets]
     before += [f'export {k}={shlex.quote(str(v))}' for k,v in self.env.items()] + ([self.setup] if self.setup else [])

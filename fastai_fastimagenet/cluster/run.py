@@ -37,6 +37,7 @@ class Run:
         store_attr()
         self.folder,self.lines,self.copied,self.error,self.taken,self.stopped,self.replaced = job.out,[],set(),None,None,False,0
         self.ended,self.copying = threading.Event(),threading.Lock()
+        if not isinstance(job, Job): raise ValueError(f'`run` takes a `Job`, got {job!r}. For a command there are `cluster.sh` and `cluster.tasks[0].run`')
         if not resume and job.out.exists() and {f.name for f in job.out.iterdir()}-{'job.json','logs'}:
             raise ValueError(f'{job.out} holds an earlier run. Go on with it by `resume=True`, or give the job another name')
         self.began = time.monotonic()

@@ -166,12 +166,15 @@ def _call(self:SSHTask, cmd, input, timeout, what):
 @patch
 def _again(self:SSHTask, copy):
     self._connect()
-    before = self._socket.stat().st_ctime_ns
+    before = self._since()
     try: copy()
     except HostError:
         self._reconnect()
-        if self._socket.stat().st_ctime_ns==before: raise
+        if self._since()==before: raise
         copy()
+
+@patch
+def _since(self:SSHTask): return self._socket.stat().st_ctime_ns if self._socket.exists() else None # When the connection was made
 
 @cache
 def _exact():

@@ -84,8 +84,9 @@ class Torchrun:
 
     def command(self, rank:int, port:int)->str:
         "What runs on machine `rank`"
-        words = [self.python, '-u'] if len(self.tasks)*self.nproc==1 else [self.python, '-m', 'torch.distributed.run', '--nnodes', len(self.tasks),
-            '--node-rank', rank, '--nproc-per-node', self.nproc, '--master-addr', self.tasks[0].address, '--master-port', port]
+        alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, MASTER_ADDR='127.0.0.1', MASTER_PORT=port) # As torchrun would say
+        words = ['env', *(f'{k}={v}' for k,v in alone.items()), self.python, '-u'] if len(self.tasks)*self.nproc==1 else [self.python, '-m', 'torch.distributed.run',
+            '--nnodes', len(self.tasks), '--node-rank', rank, '--nproc-per-node', self.nproc, '--master-addr', self.tasks[0].address, '--master-port', port]
         return 'exec '+shlex.join(map(str, [*words, *self.argvs[rank]]))
 
     def start(self)->'Torchrun':

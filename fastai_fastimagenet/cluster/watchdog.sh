@@ -42,11 +42,11 @@ look() { timeout -s KILL 10 stat -c '%y %s' "$1" 2>/dev/null; }
 
 processes() { timeout -s KILL 10 grep -lzsxF "FASTIMAGENET_RUN=$1" /proc/[0-9]*/environ | cut -d/ -f3; }
 
-disk() { # MiB that the processes of run $1 have read and written
+moved() { # MiB that the processes of run $1 have read and written, also what was in memory already
     local pid key value sum=0
     for pid in $(processes "$1"); do
         while read -r key value; do
-            case $key in read_bytes:|write_bytes:) [[ $value =~ ^[0-9]+$ ]] && sum=$((sum + value)) ;; esac
+            case $key in rchar:|wchar:|read_bytes:|write_bytes:) [[ $value =~ ^[0-9]+$ ]] && sum=$((sum + value)) ;; esac
         done < "/proc/$pid/io"
     done 2>/dev/null
     echo $((sum >> 20))
@@ -67,7 +67,7 @@ quiet_time() { # $quiet: seconds since any active run made progress
     local run
     quiet=$now
     for run in "${active[@]}"; do
-        age "$run" "$(look "$run/log") $(disk "$run")"
+        age "$run" "$(look "$run/log") $(moved "$run")"
         ((age < quiet)) && quiet=$age
     done
 }
