@@ -34,16 +34,19 @@ from .folder import *
 from .report import *
 
 # %% ../nbs/40_train.ipynb #b625c90f
+def _check_arch(arch):
+    names = ['resnet_small', *torchvision.models.list_models(torchvision.models)]
+    if arch in names: return
+    near = difflib.get_close_matches(arch, names) or ['resnet_small','resnet50']
+    raise ValueError(f'No model is called {arch!r}. Nearest: {", ".join(near)}; any convolutional classifier of torchvision.models can be named')
+
 def get_model(
     arch:str, # 'resnet_small' or the name of a torchvision model
     n_out:int # Classes
 )->nn.Module:
     "An untrained model that takes any image size"
+    _check_arch(arch)
     if arch=='resnet_small': return resnet_small(n_out)
-    names = torchvision.models.list_models(torchvision.models)
-    if arch not in names:
-        near = difflib.get_close_matches(arch, ['resnet_small', *names]) or ['resnet_small','resnet50']
-        raise ValueError(f'No model is called {arch!r}. Nearest: {", ".join(near)}; any convolutional classifier of torchvision.models can be named')
     model = torchvision.models.get_model(arch, num_classes=n_out)
     if getattr(model, 'aux_logits', False): raise ValueError(f'{arch} has auxiliary outputs, which plain training does not know')
     return to_any_size(model)
@@ -147,6 +150,7 @@ def _prepare(data, schedule, epochs, arch, target_top1, target_top5, init_bn0, s
     table = get_schedule(schedule or _default_schedule.get(data), epochs)
     sched = for_world(table)
     if workers is not None and workers<0: raise ValueError(f'`workers` must be 0 or more, got {workers}')
+    if arch: _check_arch(arch)
     precision,row = check_precision(precision),sched.at(0)
     settings = dict(data=str(data if data in _default_schedule else image_folder(data).resolve()), schedule=table.to_json(), epochs=None, arch=arch,
                     target_top1=target_top1, target_top5=target_top5, init_bn0=init_bn0, seed=seed, workers=workers, precision=precision,
