@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from aws_proxy import image
 from aws_quick import order, quick
-from fastai_fastimagenet.cluster import aws as aws_module, rent, teardown
+from fastai_fastimagenet.cluster import reach, rent, teardown
 from fastai_fastimagenet.cluster.aws import *
 from fastai_fastimagenet.cluster.cloud import *
 from fastai_fastimagenet.cluster.rent import *
@@ -302,8 +302,8 @@ def test_ssh_config(aws, session):
     assert (c.folder/'known_hosts').read_text().startswith('* ssh-ed25519 ')
 
 def test_machines_that_do_not_answer(aws, session, monkeypatch):
-    monkeypatch.setattr(aws_module, '_ssh_wait', .1)
-    monkeypatch.setattr(aws_module, '_ssh_poll', .1)
+    monkeypatch.setattr(reach, '_ssh_wait', .1)
+    monkeypatch.setattr(reach, '_ssh_poll', .1)
     c = order(session, 1).create()
     c.instances[0]['PublicIpAddress'] = '127.0.0.1' # Refuses, where moto's addresses say nothing
     (c.folder/'ssh_config').unlink(missing_ok=True)
@@ -312,8 +312,8 @@ def test_machines_that_do_not_answer(aws, session, monkeypatch):
 def test_machines_over_ssh(aws, session, monkeypatch):
     "Three machines with an sshd in place of moto's: reached through rank 0, they know each other's names, and the host key is checked"
     from hosts import make_hosts
-    monkeypatch.setattr(aws_module, '_ssh_poll', .2)
-    monkeypatch.setattr(aws_module, '_beat', .3)
+    monkeypatch.setattr(reach, '_ssh_poll', .2)
+    monkeypatch.setattr(reach, '_beat', .3)
     with make_hosts(3) as machines:
         c = order(session, 3, user='root').create()
         for i,(h,o) in enumerate(zip(machines, c.instances)):
@@ -339,6 +339,6 @@ def test_machines_over_ssh(aws, session, monkeypatch):
         (machines[2].folder/'host_key').write_text((machines[2].folder/'../key').read_text()) # Someone else answers
         c._disconnect()
         machines[2].inside('pkill', '-HUP', '-o', 'sshd')
-        monkeypatch.setattr(aws_module, '_ssh_wait', .1)
+        monkeypatch.setattr(reach, '_ssh_wait', .1)
         with pytest.raises(ClusterError, match='rank2.*host key'): c.tasks
         assert c.down()==[] and aws.left()==[]

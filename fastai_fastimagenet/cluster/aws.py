@@ -6,32 +6,22 @@
 __all__ = ['AWSCluster']
 
 # %% ../../nbs/57_cluster.aws.ipynb #683c0943
-import copy, shutil, signal, tempfile, threading, time
+import copy, shutil, signal, tempfile, threading
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
 from .cloud import *
 from .dryrun import *
-from .gate import *
 from .market import *
 from .order import *
+from .reach import *
 from .rent import *
-from .ssh import *
-from .task import *
 from .teardown import down
 
 # %% ../../nbs/57_cluster.aws.ipynb #49b34dab
-class AWSCluster(Order, Cluster):
+class AWSCluster(Order, Reach):
     "Machines rented from AWS"
-    instances,_tasks,_over = (),None,threading.Event()
-
-    @property
-    def tasks(self)->list:
-        "The machines; the first time it waits until they can be reached"
-        if self._tasks is None: self._tasks = self._connect()
-        return self._tasks
 
 # %% ../../nbs/57_cluster.aws.ipynb #5d86e3ae
 @patch
@@ -160,57 +150,6 @@ def attach(cls:AWSCluster,
 def cost(self:AWSCluster)->float: # USD; None if a price is not known
     "What its machines have cost until now, by the prices at which they were launched; those of earlier generations count while AWS shows them, about an hour"
     with self._step('Looking for its machines'): return cost(all_machines(self.ec2, self.name))
-
-# %% ../../nbs/57_cluster.aws.ipynb #afd26e00
-_ssh_wait,_ssh_poll,_beat = 600,3,60 # Seconds: longest wait for a machine to be reached, between tries, between two signs of life for the watchdogs
-
-@patch
-def ssh_config(self:AWSCluster)->Path:
-    "Write the ssh_config with which the machines are reached as rank0, rank1 and so on"
-    key,host = self.folder/'key',self.folder/'host_key/key.pub'
-    if not (key.exists() and host.exists()):
-        raise CloudError(f'The ssh key of cluster {self.name} is not in {self.folder}: it was made by {tags_of(self.instances[0]).get("fastimagenet:owner", "someone else")}. '
-                         f'From here it can be shown and removed: {self.undo}')
-    known,inside = self.folder/'known_hosts',len(self.instances[0]['NetworkInterfaces'])>1
-    known.write_text(f'* {host.read_text()}')
-    hosts = {f'rank{i}': o['PrivateIpAddress' if inside and i else 'PublicIpAddress'] for i,o in enumerate(self.instances)}
-    return write_ssh_config(self.folder, hosts, self.user, key, known_hosts=known, jump=inside)
-
-@patch
-def _connect(self:AWSCluster):
-    if not self.instances: raise CloudError(f'Cluster {self.name} has no machines: call create() or relaunch() first')
-    config = self.ssh_config()
-    tasks = [SSHTask(config, f'rank{i}', i, o['PrivateIpAddress']) for i,o in enumerate(self.instances)]
-    names = ''.join(f'{t.address} {t.name} # fastimagenet\n::ffff:{t.address} {t.name} # fastimagenet\n' for t in tasks)
-    self.each(partial(self._ready, names), 'ssh', tasks)
-    if len(self.instances[0]['NetworkInterfaces'])>1: share_gate(tasks, self.python, self.region)
-    self._over = threading.Event()
-    threading.Thread(target=_beats, args=(tasks, self._over), daemon=True).start()
-    return tasks
-
-@patch
-def _ready(self:AWSCluster, names, task):
-    "Wait until the machine is set up, and give it the names of all"
-    end = time.monotonic()+_ssh_wait
-    while True:
-        try: problems = task.sh(f'cat ~/fastimagenet/watch/ready || exit\n{set_names} && touch ~/fastimagenet/watch/lease', names)
-        except HostError:
-            if time.monotonic()>end: raise
-        else: break
-        time.sleep(_ssh_poll)
-    for line in problems.splitlines(): self.say(f'{task.name}: {line}')
-
-@patch
-def _disconnect(self:AWSCluster):
-    self._over.set()
-    for t in self._tasks or []: t.close()
-    self._tasks = None
-
-def _beats(tasks, over):
-    def touch(t):
-        try: t.sh('touch ~/fastimagenet/watch/lease', timeout=30)
-        except HostError: pass # Who uses the machine will notice
-    while not over.wait(_beat): together(*(partial(touch, t) for t in tasks))
 
 # %% ../../nbs/57_cluster.aws.ipynb #3dff9c27
 @patch
