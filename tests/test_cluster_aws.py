@@ -315,7 +315,7 @@ def test_machines_over_ssh(aws, session, monkeypatch):
     monkeypatch.setattr(reach, '_ssh_poll', .2)
     monkeypatch.setattr(reach, '_beat', .3)
     with make_hosts(3) as machines:
-        c = order(session, 3, user='root').create()
+        c = order(session, 3, user='root', python=sys.executable).create()
         for i,(h,o) in enumerate(zip(machines, c.instances)):
             o['PrivateIpAddress'] = o['PublicIpAddress'] = h.address
             home = h.folder/'home'
