@@ -7,6 +7,7 @@ import pytest
 from aws_proxy import image
 from aws_quick import order, quick
 from fastai_fastimagenet.cluster import reach, rent, teardown
+from fastai_fastimagenet.cluster.access import *
 from fastai_fastimagenet.cluster.aws import *
 from fastai_fastimagenet.cluster.cloud import *
 from fastai_fastimagenet.cluster.rent import *
@@ -190,10 +191,34 @@ def test_attach(aws, session, monkeypatch, tmp_path):
     with pytest.raises(CloudError, match='no machines'): AWSCluster.attach('im', region)
 
 def test_create_from_another_laptop(aws, session, monkeypatch, tmp_path):
-    c = order(session).create()
-    session.client('ec2').terminate_instances(InstanceIds=[i['InstanceId'] for i in c.instances])
+    "It belongs to someone else: nothing of it is touched, with machines or without, also if a key was made here"
+    c,ec2 = order(session, efs=True).create(),session.client('ec2')
     monkeypatch.setenv('FASTIMAGENET_HOME', str(tmp_path/'other laptop'))
-    with pytest.raises(CloudError, match='another ssh key'): order(session).create()
+    def refused():
+        there,before = aws.left(),aws.actions()
+        for f in (order(session).create, order(session).relaunch, order(session).plan):
+            with pytest.raises(CloudError, match='(?s)another ssh key, that of .*@.*Take another name.*fastimagenet-cluster down im'): f()
+        with pytest.raises(CloudError, match='another ssh key'), order(session): raise AssertionError('The block was entered')
+        assert aws.left()==there and not changes(aws.actions()-before)
+    refused()
+    ec2.terminate_instances(InstanceIds=[i['InstanceId'] for i in c.instances])
+    time.sleep(.3)
+    ssh_key(order(session).folder)
+    refused()
+    assert any(o.startswith('file system') for o in aws.left())
+
+def test_two_laptops_at_the_same_time(aws, session, monkeypatch, tmp_path):
+    "The other key pair shows up while this laptop makes the cluster"
+    c = order(session)
+    real = c.show
+    def show():
+        monkeypatch.setenv('FASTIMAGENET_HOME', str(tmp_path/'other laptop'))
+        order(session).create()
+        monkeypatch.setenv('FASTIMAGENET_HOME', str(tmp_path/'home'))
+        real()
+    c.show = show
+    with pytest.raises(CloudError, match='another ssh key'): c.create()
+    assert len([o for o in aws.left() if o.startswith('instance')])==2
 
 def test_relaunch(aws, session):
     c = order(session, max_hours=2).create()
@@ -287,6 +312,8 @@ def test_plan_is_what_is_done(aws, session):
     c.create()
     assert Counter(name for _,name,_ in p.calls)==changes(aws.actions())
     assert c.plan().calls==[] and 'Nothing would be changed' in str(c.plan())
+    session.client('ec2').terminate_instances(InstanceIds=[i['InstanceId'] for i in c.instances])
+    assert Counter(name for _,name,_ in order(session, efs=True).plan().calls)==Counter(RunInstances=1, AssociateAddress=1)
 
 def test_plan_without_credentials(aws, monkeypatch, tmp_path):
     for k in ('AWS_ACCESS_KEY_ID','AWS_SECRET_ACCESS_KEY'): monkeypatch.delenv(k)

@@ -106,7 +106,7 @@ def test_a_gateway_that_went_away(aws, tmp_path):
 def test_the_key_of_another_laptop(aws, tmp_path):
     net(aws, tmp_path)
     before = len(aws.log())
-    with pytest.raises(CloudError, match='me@laptop.*cannot reach.*`down` work from here.*fastimagenet-cluster down demo --region us-east-1'): net(aws, tmp_path, folder='other')
+    with pytest.raises(CloudError, match='me@laptop.*cannot reach.*fastimagenet-cluster show demo.*fastimagenet-cluster down demo --region us-east-1'): net(aws, tmp_path, folder='other')
     assert not changes(aws, before)
 
 def test_names_that_are_taken(aws, tmp_path):

@@ -7,10 +7,11 @@ __all__ = ['AWSCluster']
 
 # %% ../../nbs/57_cluster.aws.ipynb #683c0943
 import copy, shutil, signal, tempfile, threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from fastcore.basics import patch
+from .access import *
 from .cloud import *
 from .dryrun import *
 from .market import *
@@ -57,7 +58,15 @@ def _find(self:AWSCluster):
     return found
 
 @patch
+def _ours(self:AWSCluster):
+    "`OthersCluster` if there is such a cluster, but made from another laptop"
+    public = ssh_key(self.folder) if (self.folder/'key').exists() else None
+    with self._step('Looking for the key pair'): known = tagged(self.ec2, 'key pair', self.name)
+    for pair in known: check_key(pair, public, self.region)
+
+@patch
 def _make(self:AWSCluster):
+    self._ours()
     found = self._find()
     if not found: return self._new()
     machine,n = found[0]['InstanceType'],len(found)
@@ -73,6 +82,7 @@ def _new(self:AWSCluster):
     self.show()
     self.generation += 1
     try: self._adopt(self.launch())
+    except OthersCluster: raise
     except BaseException as e:
         self._give_up(e)
         raise
@@ -122,6 +132,7 @@ def down(self:AWSCluster,
 def relaunch(self:AWSCluster):
     "New machines in place of all that there are"
     with _signals():
+        self._ours()
         self._disconnect()
         with self._step('Looking for its machines'): every = all_machines(self.ec2, self.name)
         self.spent = cost(every) or 0
@@ -182,6 +193,7 @@ def plan(self:AWSCluster)->Plan:
     lines = []
     c.session,c.say,c._give_up = dry.session,lambda line: dry.nodes or lines.append(line),lambda e: None # No machines will be reported
     with tempfile.TemporaryDirectory() as tmp:
-        c._folder = Path(tmp)
+        c._folder = Path(shutil.copytree(self.folder, tmp, dirs_exist_ok=True)) # With the keys, if they are there
+        with suppress(OSError): self.folder.rmdir() # If it is empty
         c._make()
     return Plan(lines, dry.calls, dry.unknown)

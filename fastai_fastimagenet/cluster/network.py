@@ -144,9 +144,7 @@ def key_pair(self:_Parts, public):
     "Name of the key pair"
     known = self.found['key pair']
     key = known[0] if known else self.make('key pair', KeyName=self.title, PublicKeyMaterial=public.encode())
-    if 'PublicKey' in key and key['PublicKey'].split()[:2]!=public.split()[:2]:
-        raise CloudError(f'Cluster {self.name} in {self.region} was made with another ssh key, that of {tags_of(key).get("fastimagenet:owner", "another laptop")}: this laptop cannot reach '
-                         f'its machines by ssh. `fastimagenet-cluster show` and `down` work from here. For a key of this laptop create it anew after: {undo_command(self.name, self.region)}')
+    check_key(key, public, self.region)
     return key['KeyName']
 
 @patch
