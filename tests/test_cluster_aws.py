@@ -109,6 +109,24 @@ def test_no_capacity_anywhere(aws, session):
     with pytest.raises(CloudError, match='(?s)None of 2 offers had 2 machines.*spot in us-east-1a.*on-demand in us-east-1a.*fastimagenet-cluster down im'): order(session).create()
     assert aws.left()==[]
 
+@pytest.mark.parametrize('again', ['create','relaunch'])
+def test_a_second_launch_that_fails(aws, session, again):
+    "It removes its machines, and nothing that was there before: the file system has the data of the first"
+    c = order(session, efs=True).create()
+    c.ec2.terminate_instances(InstanceIds=[i['InstanceId'] for i in c.instances])
+    time.sleep(.2)
+    aws.set(capacity={'*/*/*': 0})
+    there = [o for o in aws.left() if not o.startswith(('instance','interface','volume'))]
+    with pytest.raises(CloudError, match='None of 2 offers'): getattr(c, again)()
+    assert any(o.startswith('file system') for o in there) and not c.instances
+    assert [o for o in aws.left() if not o.startswith(('interface','volume'))]==there
+    assert 'what was there before stays' in c.said[-1] and c.undo in c.said[-1]
+    aws.set(capacity={}, faults=[dict(do='error', action='AssociateAddress', code='UnauthorizedOperation', status=403)])
+    with pytest.raises(CloudError, match='public address'): getattr(c, again)()
+    time.sleep(.2)
+    assert [o for o in aws.left() if not o.startswith(('interface','volume'))]==there
+    assert getattr(c, again)() in (c,None) and len(c.instances)==2
+
 def test_machines_that_end_at_once(aws, session):
     "Spot machines that are taken while they start: the next offer, and none of them stays"
     aws.set(pending=1.5)
@@ -156,7 +174,7 @@ def test_machines_that_cannot_be_seen_yet(aws, session):
     "The launcher dies after RunInstances; the next one does not see the machines, and starts no more"
     aws.set(hide=1.5, faults=[dict(do='error', action='DescribeInstances', skip=1, code='UnauthorizedOperation')])
     first = order(session)
-    first._give_up = lambda e: None # It dies
+    first._give_up = lambda *args: None # It dies
     with pytest.raises(CloudError): first.create()
     c = order(session).create()
     assert len(c.instances)==2==len([o for o in aws.left() if o.startswith('instance')]) and aws.actions()['RunInstances']==2

@@ -14,11 +14,12 @@ from fastcore.basics import patch
 from .access import *
 from .cloud import *
 from .dryrun import *
+from .inventory import look
 from .market import *
 from .order import *
 from .reach import *
 from .rent import *
-from .teardown import down
+from .teardown import down, end_launch
 
 # %% ../../nbs/57_cluster.aws.ipynb #49b34dab
 class AWSCluster(Order, Reach):
@@ -77,14 +78,15 @@ def _make(self:AWSCluster):
 
 @patch
 def _new(self:AWSCluster):
-    "Look up, launch, take; what was made is removed if it fails"
+    "Look up, launch, take. If it fails, what was made is removed, or the machines alone if other things were there before"
+    found,unknown = look(*clients(self.session, self.region), self.region, self.name, ['key pair','VPC','file system'])
     self.look_up()
     self.show()
     self.generation += 1
     try: self._adopt(self.launch())
     except OthersCluster: raise
     except BaseException as e:
-        self._give_up(e)
+        self._give_up(e, bool(found or unknown))
         raise
 
 # %% ../../nbs/57_cluster.aws.ipynb #79d33a7b
@@ -101,9 +103,14 @@ def _signals():
         for s,h in before.items(): signal.signal(s, h or signal.SIG_DFL)
 
 @patch
-def _give_up(self:AWSCluster, e):
-    self.say(f'Cluster {self.name} could not be made: {e or type(e).__name__}\nWhat there is of it is removed; a second Ctrl-C leaves it')
-    try: self.down(again=True)
+def _give_up(self:AWSCluster, e, others):
+    self.instances = []
+    what = f'Its machines end; what was there before stays. A second Ctrl-C leaves them. To remove all: {self.undo}' if others else 'What there is of it is removed; a second Ctrl-C leaves it'
+    self.say(f'Cluster {self.name} could not be made: {e or type(e).__name__}\n{what}')
+    try:
+        if not others: self.down(again=True)
+        else:
+            with self._step('Ending its machines'): end_launch(self.ec2, self.name, self.generation)
     except CloudError as e2: self.say(str(e2))
 
 @patch
@@ -191,7 +198,7 @@ def plan(self:AWSCluster)->Plan:
     "What `create` would do and cost at most. Nothing is changed"
     dry,c = DryRun(self.session, Location=self.zone or f'{self.region}?', AvailabilityZone=self.zone or f'{self.region}?', InstanceType=self.machine),copy.copy(self)
     lines = []
-    c.session,c.say,c._give_up = dry.session,lambda line: dry.nodes or lines.append(line),lambda e: None # No machines will be reported
+    c.session,c.say,c._give_up = dry.session,lambda line: dry.nodes or lines.append(line),lambda *args: None # No machines will be reported
     with tempfile.TemporaryDirectory() as tmp:
         c._folder = Path(shutil.copytree(self.folder, tmp, dirs_exist_ok=True)) # With the keys, if they are there
         with suppress(OSError): self.folder.rmdir() # If it is empty
