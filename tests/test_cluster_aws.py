@@ -1,5 +1,5 @@
 "AWSCluster against moto behind the proxy"
-import json, os, signal, subprocess, sys, threading, time
+import json, os, re, signal, subprocess, sys, threading, time
 from collections import Counter
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -271,6 +271,16 @@ def test_block(aws, session):
 def test_block_that_fails(aws, session):
     with pytest.raises(ZeroDivisionError), order(session): 1/0
     assert aws.left()==[]
+
+def test_block_that_cannot_remove_all(aws, session, capsys):
+    "It is an error, or said besides that of the block"
+    never = [dict(do='error', action='DeleteVpc', code='UnauthorizedOperation', status=403, times=1000)]
+    with pytest.raises(CloudError, match=f'(?s)Left of cluster im in us-east-1: VPC vpc-.*UnauthorizedOperation.*{undo_command("im", region)}'), order(session): aws.set(faults=never)
+    aws.set(faults=[])
+    with pytest.raises(ZeroDivisionError), order(session):
+        aws.set(faults=never)
+        1/0
+    assert re.search(f'Left of cluster im.*VPC vpc-.*{undo_command("im", region)}', capsys.readouterr().err)
 
 def test_failed_job_leaves_the_machines_for_a_while(aws, session):
     with pytest.raises(JobFailed), order(session) as c: raise JobFailed

@@ -6,7 +6,7 @@
 __all__ = ['AWSCluster']
 
 # %% ../../nbs/57_cluster.aws.ipynb #683c0943
-import copy, shutil, signal, tempfile, threading
+import copy, shutil, signal, sys, tempfile, threading
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -182,8 +182,11 @@ def __enter__(self:AWSCluster):
 @patch
 def __exit__(self:AWSCluster, kind, e, tb):
     with self._stack:
-        if not getattr(e, 'look', False): self.down()
-        else: self._stay()
+        if getattr(e, 'look', False): return self._stay()
+        if not (left := self.down()): return
+        text = f'Left of cluster {self.name} in {self.region}: {"; ".join(f"{r}: {r.why}" for r in left)}. It may cost money. Try again: {self.undo}'
+        if e is None: raise CloudError(text)
+        print(text, file=sys.stderr) # The error of the block goes on
 
 @patch
 def _stay(self:AWSCluster):
