@@ -242,7 +242,12 @@ def test_relaunch(aws, session):
     c = order(session, max_hours=2).create()
     first,ends = {i['InstanceId'] for i in c.instances},c.ends
     session.client('ec2').terminate_instances(InstanceIds=sorted(first)[:1]) # Taken back
+    aws.set(stopping=.7)
+    started = []
+    c.show = lambda: started.extend(state_of(i) for i in all_machines(c.ec2, 'im')) # Just before the launch
     c.relaunch()
+    assert started==['terminated']*2 # Until then they count for the quota
+    aws.set(stopping=.1)
     assert c.generation==2 and not first&{i['InstanceId'] for i in c.instances} and len(c.instances)==2
     time.sleep(.2)
     assert len([o for o in aws.left() if o.startswith('instance')])==2 and len([o for o in aws.left() if o.startswith('address')])==1

@@ -145,7 +145,9 @@ def relaunch(self:AWSCluster):
         self.spent = cost(every) or 0
         self.generation = max([self.generation, *map(generation_of, every)])
         with self._step('Ending the old machines'): end_generation(self.ec2, self.name, self.generation+1, older=True)
-        self.address = None
+        self.instances,self.address = [],None
+        self.say('Waiting until the old machines are gone, which takes AWS a minute or more')
+        with self._step('Waiting for the old machines'): wait_ended(self.ec2, self.name)
         self._new()
 
 @patch(cls_method=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['generation_tag', 'Image', 'find_image', 'disks', 'interfaces', 'one_way_in', 'tag_list', 'request', 'NoMachines',
-           'all_machines', 'generation_of', 'is_live', 'wait_running', 'end_generation', 'rent']
+           'all_machines', 'generation_of', 'is_live', 'wait_running', 'end_generation', 'wait_ended', 'rent']
 
 # %% ../../nbs/55_cluster.rent.ipynb #683c0943
 import time
@@ -102,7 +102,7 @@ def request(
 
 # %% ../../nbs/55_cluster.rent.ipynb #3850509f
 _poll,_tries,_pause = 2,6,1 # Seconds between looks at machines that start; tries of RunInstances, and seconds before the second, doubled each time
-_visible,_starting = 60,600 # Seconds: in which AWS shows new machines, and in which they run
+_visible,_starting,_ending = 60,600,1200 # Seconds: in which AWS shows new machines, in which they run, and in which old ones end
 generation_tag = 'fastimagenet:generation'
 _full = ('InsufficientInstanceCapacity','InsufficientCapacity','InsufficientHostCapacity','InsufficientReservedInstanceCapacity','UnfulfillableCapacity','SpotMaxPriceTooLow',
          'Unsupported','MaxSpotInstanceCountExceeded','VcpuLimitExceeded','InstanceLimitExceeded')
@@ -160,6 +160,11 @@ def end_generation(ec2, name:str, generation:int, older:bool=False)->list: # Ids
     ids = [i['InstanceId'] for i in all_machines(ec2, name) if is_live(i) and (generation_of(i)<generation if older else generation_of(i)==generation)]
     if ids: ec2.terminate_instances(InstanceIds=ids)
     return ids
+
+def wait_ended(ec2, name:str):
+    "Wait until the machines that end have ended: until then they count for the quota, and keep their address"
+    end = time.monotonic()+_ending
+    while any(state_of(i)=='shutting-down' or is_live(i) for i in all_machines(ec2, name)) and time.monotonic()<end: time.sleep(_poll)
 
 # %% ../../nbs/55_cluster.rent.ipynb #9924cc1a
 def rent(
