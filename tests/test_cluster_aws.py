@@ -71,7 +71,8 @@ def test_machines_are_as_ordered(aws, session):
     assert all(d['Ebs']['DeleteOnTermination'] for i in c.instances for d in i['BlockDeviceMappings'])
     assert len(ec2.describe_network_interfaces(**mine)['NetworkInterfaces'])==8
     tags = tags_of(first)
-    assert tags['fastimagenet:generation']=='1' and '@' in tags['fastimagenet:owner'] and float(tags['fastimagenet:price'])==7.686
+    assert tags['fastimagenet:generation']=='1' and tags['fastimagenet:token']==tags_of(second)['fastimagenet:token'].strip()!='' and first['MetadataOptions'].get('InstanceMetadataTags')!='enabled'
+    assert '@' in tags['fastimagenet:owner'] and float(tags['fastimagenet:price'])==7.686
     assert timedelta(hours=2.9)<datetime.fromisoformat(tags['fastimagenet:expires'])-datetime.now(timezone.utc)<timedelta(hours=3)
     what = session.client('ec2', endpoint_url=aws.moto).describe_instance_attribute(InstanceId=first['InstanceId'], Attribute='instanceInitiatedShutdownBehavior')
     assert what['InstanceInitiatedShutdownBehavior']['Value']=='terminate' and 'IamInstanceProfile' not in first
@@ -103,6 +104,12 @@ def test_offers_are_tried_by_price(aws, session):
     tried = [l for l in c.said if 'InsufficientInstanceCapacity' in l]
     assert tried[0].startswith('1 of 8: spot in us-east-1b') and len(tried)==6==aws.actions()['RunInstances']-1 # Not repeated
     assert len([o for o in aws.left() if o.startswith('instance')])==2
+
+def test_machines_of_the_token_have_ended(aws, session):
+    "A launcher that comes back within the hour, and whose first machines were taken: the next offer"
+    aws.set(faults=[dict(do='error', action='RunInstances', code='IdempotentInstanceTerminated', status=400)])
+    c = order(session).create()
+    assert 'IdempotentInstanceTerminated' in ' '.join(c.said) and 'InstanceLifecycle' not in c.instances[0] and aws.actions()['RunInstances']==2
 
 def test_no_capacity_anywhere(aws, session):
     aws.set(capacity={'*/*/*': 1})
