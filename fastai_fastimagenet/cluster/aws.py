@@ -81,9 +81,10 @@ def _new(self:AWSCluster):
     "Look up, launch, take. If it fails, what was made is removed, or the machines alone if other things were there before"
     found,unknown = look(*clients(self.session, self.region), self.region, self.name, ['key pair','VPC','file system'])
     self.look_up()
-    self.show()
     self.generation += 1
-    try: self._adopt(self.launch())
+    try:
+        self.show()
+        self._adopt(self.launch())
     except OthersCluster: raise
     except BaseException as e:
         self._give_up(e, bool(found or unknown))
