@@ -105,7 +105,12 @@ def gateway(self:_Parts, vpc):
 def ways_out(self:_Parts, vpc):
     def table():
         where = [dict(Name='vpc-id', Values=[vpc]), dict(Name='association.main', Values=['true'])]
-        with self.step('Looking for the route table'): return self.ec2.describe_route_tables(Filters=where)['RouteTables'][0]
+        end = time.monotonic()+_patience
+        while time.monotonic()<end: # AWS does not show that of a new VPC at once
+            with self.step('Looking for the route table'): found = self.ec2.describe_route_tables(Filters=where)['RouteTables']
+            if found: return found[0]
+            time.sleep(_again)
+        raise CloudError(f'AWS shows no main route table of {vpc}, the VPC of cluster {self.name} in {self.region}, after {_patience} s. Try again, or remove what was made by: {undo_command(self.name, self.region)}')
     table,gateway = together(table, partial(self.gateway, vpc))
     t,everywhere = table['RouteTableId'],'0.0.0.0/0'
     def route():
