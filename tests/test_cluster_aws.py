@@ -245,6 +245,14 @@ def test_two_laptops_at_the_same_time(aws, session, monkeypatch, tmp_path):
     with pytest.raises(CloudError, match='another ssh key'): c.create()
     assert len([o for o in aws.left() if o.startswith('instance')])==2
 
+def test_the_same_name_in_two_regions(aws, session):
+    "Each has its own key, ssh_config and connections; the end of one leaves those of the other"
+    c = order(session).create()
+    other = order(aws.session('us-west-2'), region='us-west-2', zone=None).create()
+    assert c.ssh_config()!=other.ssh_config() and (c.folder/'key').read_text()!=(other.folder/'key').read_text()
+    assert other.down()==[] and not other._folder and (c.folder/'key').exists()
+    c.ssh_config()
+
 def test_relaunch(aws, session):
     c = order(session, max_hours=2).create()
     first,ends = {i['InstanceId'] for i in c.instances},c.ends
@@ -278,7 +286,7 @@ class JobFailed(Exception): look = True
 
 def test_block(aws, session):
     with order(session) as c: assert len(c.instances)==2
-    assert aws.left()==[] and not (Path(os.environ['FASTIMAGENET_HOME'])/'im').exists() # The keys are gone too
+    assert aws.left()==[] and not (Path(os.environ['FASTIMAGENET_HOME'])/'im.us-east-1').exists() # The keys are gone too
 
 def test_block_that_fails(aws, session):
     with pytest.raises(ZeroDivisionError), order(session): 1/0
@@ -347,7 +355,7 @@ def test_second_signal_leaves_it(aws, session):
 def test_plan_is_what_is_done(aws, session):
     c = order(session, efs=True)
     p = c.plan()
-    assert aws.left()==[] and not changes(aws.actions()) and not (Path(os.environ['FASTIMAGENET_HOME'])/'im').exists()
+    assert aws.left()==[] and not changes(aws.actions()) and not (Path(os.environ['FASTIMAGENET_HOME'])/'im.us-east-1').exists()
     assert 'At most $' in str(p) and 'your quota is 10000' in str(p) and 'PRIVATE KEY' not in str(p)
     c.create()
     assert Counter(name for _,name,_ in p.calls)==changes(aws.actions())

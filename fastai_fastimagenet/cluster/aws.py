@@ -131,8 +131,7 @@ def down(self:AWSCluster,
         self.say(f'Stopped. Remove the rest: {self.undo}')
         raise
     self.instances,self.ends,self.spent,self.address = [],None,0,None
-    mark = self.folder/'region'
-    if not left and mark.exists() and mark.read_text()==self.region: shutil.rmtree(self.folder) # The keys open nothing any more
+    if not left: shutil.rmtree(self.folder) # The keys open nothing any more
     return left
 
 # %% ../../nbs/57_cluster.aws.ipynb #95fad260
