@@ -275,6 +275,18 @@ def test_relaunch_by_another_launcher(aws, session):
     c.relaunch()
     assert c.generation==2 and len(order(session).create().instances)==2
 
+def test_looking_ends_no_machines(aws, session):
+    "Two generations live: attach takes the newer, create ends the older"
+    order(session).create()
+    c = order(session)
+    c.look_up()
+    c.generation = 2
+    c.launch()
+    assert AWSCluster.attach('im', region, say=c.say).generation==2
+    live = lambda: sorted(generation_of(i) for i in all_machines(c.ec2, 'im') if is_live(i))
+    assert live()==[1,1,2,2]
+    assert order(session).create().generation==2 and live()==[2,2]
+
 def test_create_after_the_machines_ended(aws, session):
     c = order(session).create()
     session.client('ec2').terminate_instances(InstanceIds=[i['InstanceId'] for i in c.instances])

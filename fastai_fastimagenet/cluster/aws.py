@@ -54,8 +54,6 @@ def _find(self:AWSCluster):
     try:
         with self._step('Waiting for the machines'): found = wait_running(self.ec2, self.name, len(ids), lambda o: o['InstanceId'] in ids)
     except NoMachines as e: raise CloudError(f'Machines of cluster {self.name} in {self.region} end: {e}. Remove it: {self.undo}') from None
-    if len(newest)<len(live):
-        with self._step('Ending older machines'): end_generation(self.ec2, self.name, generation_of(newest[0]), older=True)
     return found
 
 @patch
@@ -74,6 +72,7 @@ def _make(self:AWSCluster):
     if (machine,n)!=(self.machine,self.nodes):
         raise CloudError(f'Cluster {self.name} in {self.region} has {n} x {machine}, not {self.nodes} x {self.machine}. Go on with it by AWSCluster.attach({self.name!r}), '
                          f'replace its machines by relaunch(), or remove it: {self.undo}')
+    with self._step('Ending older machines'): end_generation(self.ec2, self.name, generation_of(found[0]), older=True)
     self._adopt(found)
 
 @patch
