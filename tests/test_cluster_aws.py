@@ -388,6 +388,23 @@ def test_ssh_config(aws, session):
     assert f'HostName {c.instances[0]["PublicIpAddress"]}' in text and f'HostName {c.instances[2]["PrivateIpAddress"]}' in text and text.count('ProxyCommand')==2
     assert (c.folder/'known_hosts').read_text().startswith('* ssh-ed25519 ')
 
+def test_a_laptop_that_moved(aws, session, monkeypatch):
+    "It is let in from its new address, once; who does not know it goes on"
+    c = order(session, 1).create()
+    knocks = lambda: sorted(ssh_from(tagged(c.ec2, 'security group', 'im')[0]))
+    for where in ('203.0.113.7/32','198.51.100.4/32','198.51.100.4/32'):
+        c.ssh_from,before = where,aws.actions()
+        c.knock()
+    assert knocks()==['198.51.100.4/32','203.0.113.7/32'] and not changes(aws.actions()-before)
+    c.ssh_from = '203.0.113.0/24'
+    c.knock()
+    c.ssh_from = '203.0.113.99/32' # Within it
+    c.knock()
+    assert len(knocks())==3
+    aws.set(faults=[dict(do='error', action='DescribeSecurityGroups', code='UnauthorizedOperation', status=403)])
+    c.knock()
+    assert 'ssh may not be allowed from here. Allowing ssh from' in c.said[-1]
+
 def test_machines_that_do_not_answer(aws, session, monkeypatch):
     monkeypatch.setattr(reach, '_ssh_wait', .1)
     monkeypatch.setattr(reach, '_ssh_poll', .1)

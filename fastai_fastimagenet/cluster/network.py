@@ -130,17 +130,16 @@ def group(self:_Parts, vpc, cidr):
     g = known[0] if known else self.make('security group', GroupName=self.title, Description='ssh from the launcher, all traffic among the machines', VpcId=vpc)
     i = g['GroupId']
     inside = [dict(IpProtocol='-1', UserIdGroupPairs=[dict(GroupId=i)])]
-    ssh = lambda c: [dict(IpProtocol='tcp', FromPort=22, ToPort=22, IpRanges=[dict(CidrIp=c)])]
     among = lambda rules: any(r['IpProtocol']=='-1' and any(p['GroupId']==i for p in r['UserIdGroupPairs']) for r in rules)
-    knock = {o['CidrIp'] for r in g.get('IpPermissions', []) if r.get('FromPort')==r.get('ToPort')==22 for o in r['IpRanges']}
+    knock = ssh_from(g)
     def allow(direction, rules):
         with self.step(f'Adding a rule to security group {i}'):
             self.call(f'authorize_security_group_{direction}', ['InvalidPermission.Duplicate'], GroupId=i, IpPermissions=rules)
     new = [partial(allow, d, inside) for d in ('ingress','egress') if not among(g.get('IpPermissions' if d=='ingress' else 'IpPermissionsEgress', []))]
-    together(*new, *([partial(allow, 'ingress', ssh(cidr))] if cidr not in knock else []))
+    together(*new, *([partial(allow, 'ingress', ssh_rule(cidr))] if cidr not in knock else []))
     for c in knock-{cidr}:
         with self.step(f'Closing ssh from {c} in security group {i}'):
-            self.call('revoke_security_group_ingress', ['InvalidPermission.NotFound'], GroupId=i, IpPermissions=ssh(c))
+            self.call('revoke_security_group_ingress', ['InvalidPermission.NotFound'], GroupId=i, IpPermissions=ssh_rule(c))
     return i
 
 # %% ../../nbs/55_cluster.network.ipynb #53405c2a

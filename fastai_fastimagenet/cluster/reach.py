@@ -10,6 +10,7 @@ import threading, time
 from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
+from .access import *
 from .cloud import *
 from .gate import *
 from .ssh import *
@@ -17,7 +18,7 @@ from .task import *
 
 # %% ../../nbs/56_cluster.reach.ipynb #7a1c0d05
 class Reach(Cluster):
-    "Machines of AWS that are reached by ssh; `name`, `region`, `folder`, `user`, `python`, `undo` and `say` are those of an `Order`"
+    "Machines of AWS that are reached by ssh; `name`, `region`, `ec2`, `ssh_from`, `folder`, `user`, `python`, `undo` and `say` are those of an `Order`"
     instances,_tasks,_over = (),None,threading.Event()
 
     @property
@@ -43,9 +44,16 @@ def ssh_config(self:Reach)->Path:
 _ssh_wait,_ssh_poll,_beat = 600,3,60 # Seconds: longest wait for a machine to be reached, between tries, between two signs of life for the watchdogs
 
 @patch
+def knock(self:Reach):
+    "Let this laptop use ssh from where it is now; it may have moved since the cluster was made"
+    try: let_in(self.ec2, self.name, self.region, check_cidr(self.ssh_from) if self.ssh_from else my_cidr())
+    except CloudError as e: self.say(f'If the machines do not answer: ssh may not be allowed from here. {e}')
+
+@patch
 def _connect(self:Reach):
     if not self.instances: raise CloudError(f'Cluster {self.name} has no machines: call create() or relaunch() first')
     config = self.ssh_config()
+    self.knock()
     tasks = [SSHTask(config, f'rank{i}', i, o['PrivateIpAddress']) for i,o in enumerate(self.instances)]
     names = ''.join(f'{t.address} {t.name} # fastimagenet\n::ffff:{t.address} {t.name} # fastimagenet\n' for t in tasks)
     self.each(partial(self._ready, names), 'ssh', tasks)
