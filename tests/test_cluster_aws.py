@@ -1,12 +1,13 @@
 "AWSCluster against moto behind the proxy"
-import json, os, signal, subprocess, sys, threading, time
+import json, os, re, signal, subprocess, sys, threading, time
 from collections import Counter
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 import pytest
 from aws_proxy import image
 from aws_quick import order, quick
-from fastai_fastimagenet.cluster import aws as aws_module, rent, teardown
+from fastai_fastimagenet.cluster import reach, rent, teardown
+from fastai_fastimagenet.cluster.access import *
 from fastai_fastimagenet.cluster.aws import *
 from fastai_fastimagenet.cluster.cloud import *
 from fastai_fastimagenet.cluster.rent import *
@@ -70,7 +71,8 @@ def test_machines_are_as_ordered(aws, session):
     assert all(d['Ebs']['DeleteOnTermination'] for i in c.instances for d in i['BlockDeviceMappings'])
     assert len(ec2.describe_network_interfaces(**mine)['NetworkInterfaces'])==8
     tags = tags_of(first)
-    assert tags['fastimagenet:generation']=='1' and '@' in tags['fastimagenet:owner'] and float(tags['fastimagenet:price'])==7.686
+    assert tags['fastimagenet:generation']=='1' and tags['fastimagenet:token']==tags_of(second)['fastimagenet:token'].strip()!='' and first['MetadataOptions'].get('InstanceMetadataTags')!='enabled'
+    assert '@' in tags['fastimagenet:owner'] and float(tags['fastimagenet:price'])==7.686
     assert timedelta(hours=2.9)<datetime.fromisoformat(tags['fastimagenet:expires'])-datetime.now(timezone.utc)<timedelta(hours=3)
     what = session.client('ec2', endpoint_url=aws.moto).describe_instance_attribute(InstanceId=first['InstanceId'], Attribute='instanceInitiatedShutdownBehavior')
     assert what['InstanceInitiatedShutdownBehavior']['Value']=='terminate' and 'IamInstanceProfile' not in first
@@ -103,10 +105,34 @@ def test_offers_are_tried_by_price(aws, session):
     assert tried[0].startswith('1 of 8: spot in us-east-1b') and len(tried)==6==aws.actions()['RunInstances']-1 # Not repeated
     assert len([o for o in aws.left() if o.startswith('instance')])==2
 
+def test_machines_of_the_token_have_ended(aws, session):
+    "A launcher that comes back within the hour, and whose first machines were taken: the next offer"
+    aws.set(faults=[dict(do='error', action='RunInstances', code='IdempotentInstanceTerminated', status=400)])
+    c = order(session).create()
+    assert 'IdempotentInstanceTerminated' in ' '.join(c.said) and 'InstanceLifecycle' not in c.instances[0] and aws.actions()['RunInstances']==2
+
 def test_no_capacity_anywhere(aws, session):
     aws.set(capacity={'*/*/*': 1})
     with pytest.raises(CloudError, match='(?s)None of 2 offers had 2 machines.*spot in us-east-1a.*on-demand in us-east-1a.*fastimagenet-cluster down im'): order(session).create()
     assert aws.left()==[]
+
+@pytest.mark.parametrize('again', ['create','relaunch'])
+def test_a_second_launch_that_fails(aws, session, again):
+    "It removes its machines, and nothing that was there before: the file system has the data of the first"
+    c = order(session, efs=True).create()
+    c.ec2.terminate_instances(InstanceIds=[i['InstanceId'] for i in c.instances])
+    time.sleep(.2)
+    aws.set(capacity={'*/*/*': 0})
+    there = [o for o in aws.left() if not o.startswith(('instance','interface','volume'))]
+    with pytest.raises(CloudError, match='None of 2 offers'): getattr(c, again)()
+    assert any(o.startswith('file system') for o in there) and not c.instances
+    assert [o for o in aws.left() if not o.startswith(('interface','volume'))]==there
+    assert 'what was there before stays' in c.said[-1] and c.undo in c.said[-1]
+    aws.set(capacity={}, faults=[dict(do='error', action='AssociateAddress', code='UnauthorizedOperation', status=403)])
+    with pytest.raises(CloudError, match='public address'): getattr(c, again)()
+    time.sleep(.2)
+    assert [o for o in aws.left() if not o.startswith(('interface','volume'))]==there
+    assert getattr(c, again)() in (c,None) and len(c.instances)==2
 
 def test_machines_that_end_at_once(aws, session):
     "Spot machines that are taken while they start: the next offer, and none of them stays"
@@ -155,7 +181,7 @@ def test_machines_that_cannot_be_seen_yet(aws, session):
     "The launcher dies after RunInstances; the next one does not see the machines, and starts no more"
     aws.set(hide=1.5, faults=[dict(do='error', action='DescribeInstances', skip=1, code='UnauthorizedOperation')])
     first = order(session)
-    first._give_up = lambda e: None # It dies
+    first._give_up = lambda *args: None # It dies
     with pytest.raises(CloudError): first.create()
     c = order(session).create()
     assert len(c.instances)==2==len([o for o in aws.left() if o.startswith('instance')]) and aws.actions()['RunInstances']==2
@@ -190,16 +216,53 @@ def test_attach(aws, session, monkeypatch, tmp_path):
     with pytest.raises(CloudError, match='no machines'): AWSCluster.attach('im', region)
 
 def test_create_from_another_laptop(aws, session, monkeypatch, tmp_path):
-    c = order(session).create()
-    session.client('ec2').terminate_instances(InstanceIds=[i['InstanceId'] for i in c.instances])
+    "It belongs to someone else: nothing of it is touched, with machines or without, also if a key was made here"
+    c,ec2 = order(session, efs=True).create(),session.client('ec2')
     monkeypatch.setenv('FASTIMAGENET_HOME', str(tmp_path/'other laptop'))
-    with pytest.raises(CloudError, match='another ssh key'): order(session).create()
+    def refused():
+        there,before = aws.left(),aws.actions()
+        for f in (order(session).create, order(session).relaunch, order(session).plan):
+            with pytest.raises(CloudError, match='(?s)another ssh key, that of .*@.*Take another name.*fastimagenet-cluster down im'): f()
+        with pytest.raises(CloudError, match='another ssh key'), order(session): raise AssertionError('The block was entered')
+        assert aws.left()==there and not changes(aws.actions()-before)
+    refused()
+    ec2.terminate_instances(InstanceIds=[i['InstanceId'] for i in c.instances])
+    time.sleep(.3)
+    ssh_key(order(session).folder)
+    refused()
+    assert any(o.startswith('file system') for o in aws.left())
+
+def test_two_laptops_at_the_same_time(aws, session, monkeypatch, tmp_path):
+    "The other key pair shows up while this laptop makes the cluster"
+    c = order(session)
+    real = c.show
+    def show():
+        monkeypatch.setenv('FASTIMAGENET_HOME', str(tmp_path/'other laptop'))
+        order(session).create()
+        monkeypatch.setenv('FASTIMAGENET_HOME', str(tmp_path/'home'))
+        real()
+    c.show = show
+    with pytest.raises(CloudError, match='another ssh key'): c.create()
+    assert len([o for o in aws.left() if o.startswith('instance')])==2
+
+def test_the_same_name_in_two_regions(aws, session):
+    "Each has its own key, ssh_config and connections; the end of one leaves those of the other"
+    c = order(session).create()
+    other = order(aws.session('us-west-2'), region='us-west-2', zone=None).create()
+    assert c.ssh_config()!=other.ssh_config() and (c.folder/'key').read_text()!=(other.folder/'key').read_text()
+    assert other.down()==[] and not other._folder and (c.folder/'key').exists()
+    c.ssh_config()
 
 def test_relaunch(aws, session):
     c = order(session, max_hours=2).create()
     first,ends = {i['InstanceId'] for i in c.instances},c.ends
     session.client('ec2').terminate_instances(InstanceIds=sorted(first)[:1]) # Taken back
+    aws.set(stopping=.7)
+    started = []
+    c.show = lambda: started.extend(state_of(i) for i in all_machines(c.ec2, 'im')) # Just before the launch
     c.relaunch()
+    assert started==['terminated']*2 # Until then they count for the quota
+    aws.set(stopping=.1)
     assert c.generation==2 and not first&{i['InstanceId'] for i in c.instances} and len(c.instances)==2
     time.sleep(.2)
     assert len([o for o in aws.left() if o.startswith('instance')])==2 and len([o for o in aws.left() if o.startswith('address')])==1
@@ -212,6 +275,18 @@ def test_relaunch_by_another_launcher(aws, session):
     c.relaunch()
     assert c.generation==2 and len(order(session).create().instances)==2
 
+def test_looking_ends_no_machines(aws, session):
+    "Two generations live: attach takes the newer, create ends the older"
+    order(session).create()
+    c = order(session)
+    c.look_up()
+    c.generation = 2
+    c.launch()
+    assert AWSCluster.attach('im', region, say=c.say).generation==2
+    live = lambda: sorted(generation_of(i) for i in all_machines(c.ec2, 'im') if is_live(i))
+    assert live()==[1,1,2,2]
+    assert order(session).create().generation==2 and live()==[2,2]
+
 def test_create_after_the_machines_ended(aws, session):
     c = order(session).create()
     session.client('ec2').terminate_instances(InstanceIds=[i['InstanceId'] for i in c.instances])
@@ -223,11 +298,21 @@ class JobFailed(Exception): look = True
 
 def test_block(aws, session):
     with order(session) as c: assert len(c.instances)==2
-    assert aws.left()==[] and not (Path(os.environ['FASTIMAGENET_HOME'])/'im').exists() # The keys are gone too
+    assert aws.left()==[] and not (Path(os.environ['FASTIMAGENET_HOME'])/'im.us-east-1').exists() # The keys are gone too
 
 def test_block_that_fails(aws, session):
     with pytest.raises(ZeroDivisionError), order(session): 1/0
     assert aws.left()==[]
+
+def test_block_that_cannot_remove_all(aws, session, capsys):
+    "It is an error, or said besides that of the block"
+    never = [dict(do='error', action='DeleteVpc', code='UnauthorizedOperation', status=403, times=1000)]
+    with pytest.raises(CloudError, match=f'(?s)Left of cluster im in us-east-1: VPC vpc-.*UnauthorizedOperation.*{undo_command("im", region)}'), order(session): aws.set(faults=never)
+    aws.set(faults=[])
+    with pytest.raises(ZeroDivisionError), order(session):
+        aws.set(faults=never)
+        1/0
+    assert re.search(f'Left of cluster im.*VPC vpc-.*{undo_command("im", region)}', capsys.readouterr().err)
 
 def test_failed_job_leaves_the_machines_for_a_while(aws, session):
     with pytest.raises(JobFailed), order(session) as c: raise JobFailed
@@ -282,11 +367,13 @@ def test_second_signal_leaves_it(aws, session):
 def test_plan_is_what_is_done(aws, session):
     c = order(session, efs=True)
     p = c.plan()
-    assert aws.left()==[] and not changes(aws.actions()) and not (Path(os.environ['FASTIMAGENET_HOME'])/'im').exists()
+    assert aws.left()==[] and not changes(aws.actions()) and not (Path(os.environ['FASTIMAGENET_HOME'])/'im.us-east-1').exists()
     assert 'At most $' in str(p) and 'your quota is 10000' in str(p) and 'PRIVATE KEY' not in str(p)
     c.create()
     assert Counter(name for _,name,_ in p.calls)==changes(aws.actions())
     assert c.plan().calls==[] and 'Nothing would be changed' in str(c.plan())
+    session.client('ec2').terminate_instances(InstanceIds=[i['InstanceId'] for i in c.instances])
+    assert Counter(name for _,name,_ in order(session, efs=True).plan().calls)==Counter(RunInstances=1, AssociateAddress=1)
 
 def test_plan_without_credentials(aws, monkeypatch, tmp_path):
     for k in ('AWS_ACCESS_KEY_ID','AWS_SECRET_ACCESS_KEY'): monkeypatch.delenv(k)
@@ -301,9 +388,26 @@ def test_ssh_config(aws, session):
     assert f'HostName {c.instances[0]["PublicIpAddress"]}' in text and f'HostName {c.instances[2]["PrivateIpAddress"]}' in text and text.count('ProxyCommand')==2
     assert (c.folder/'known_hosts').read_text().startswith('* ssh-ed25519 ')
 
+def test_a_laptop_that_moved(aws, session, monkeypatch):
+    "It is let in from its new address, once; who does not know it goes on"
+    c = order(session, 1).create()
+    knocks = lambda: sorted(ssh_from(tagged(c.ec2, 'security group', 'im')[0]))
+    for where in ('203.0.113.7/32','198.51.100.4/32','198.51.100.4/32'):
+        c.ssh_from,before = where,aws.actions()
+        c.knock()
+    assert knocks()==['198.51.100.4/32','203.0.113.7/32'] and not changes(aws.actions()-before)
+    c.ssh_from = '203.0.113.0/24'
+    c.knock()
+    c.ssh_from = '203.0.113.99/32' # Within it
+    c.knock()
+    assert len(knocks())==3
+    aws.set(faults=[dict(do='error', action='DescribeSecurityGroups', code='UnauthorizedOperation', status=403)])
+    c.knock()
+    assert 'ssh may not be allowed from here. Allowing ssh from' in c.said[-1]
+
 def test_machines_that_do_not_answer(aws, session, monkeypatch):
-    monkeypatch.setattr(aws_module, '_ssh_wait', .1)
-    monkeypatch.setattr(aws_module, '_ssh_poll', .1)
+    monkeypatch.setattr(reach, '_ssh_wait', .1)
+    monkeypatch.setattr(reach, '_ssh_poll', .1)
     c = order(session, 1).create()
     c.instances[0]['PublicIpAddress'] = '127.0.0.1' # Refuses, where moto's addresses say nothing
     (c.folder/'ssh_config').unlink(missing_ok=True)
@@ -312,10 +416,10 @@ def test_machines_that_do_not_answer(aws, session, monkeypatch):
 def test_machines_over_ssh(aws, session, monkeypatch):
     "Three machines with an sshd in place of moto's: reached through rank 0, they know each other's names, and the host key is checked"
     from hosts import make_hosts
-    monkeypatch.setattr(aws_module, '_ssh_poll', .2)
-    monkeypatch.setattr(aws_module, '_beat', .3)
+    monkeypatch.setattr(reach, '_ssh_poll', .2)
+    monkeypatch.setattr(reach, '_beat', .3)
     with make_hosts(3) as machines:
-        c = order(session, 3, user='root').create()
+        c = order(session, 3, user='root', python=sys.executable).create()
         for i,(h,o) in enumerate(zip(machines, c.instances)):
             o['PrivateIpAddress'] = o['PublicIpAddress'] = h.address
             home = h.folder/'home'
@@ -339,6 +443,6 @@ def test_machines_over_ssh(aws, session, monkeypatch):
         (machines[2].folder/'host_key').write_text((machines[2].folder/'../key').read_text()) # Someone else answers
         c._disconnect()
         machines[2].inside('pkill', '-HUP', '-o', 'sshd')
-        monkeypatch.setattr(aws_module, '_ssh_wait', .1)
+        monkeypatch.setattr(reach, '_ssh_wait', .1)
         with pytest.raises(ClusterError, match='rank2.*host key'): c.tasks
         assert c.down()==[] and aws.left()==[]

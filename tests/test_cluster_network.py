@@ -32,6 +32,15 @@ def test_everything_is_made_with_tags(aws, tmp_path):
     for rules in (g['IpPermissions'],g['IpPermissionsEgress']): assert [p['GroupId'] for r in rules for p in r['UserIdGroupPairs'] if r['IpProtocol']=='-1']==[n.group]
     assert all(r['IpProtocol']=='-1' and not r['IpRanges'] or r['FromPort']==22 for r in g['IpPermissions'])
 
+def test_a_route_table_that_is_not_shown_yet(aws, tmp_path, monkeypatch):
+    monkeypatch.setattr(network, '_again', .05)
+    aws.set(faults=[dict(do='empty', action='DescribeRouteTables', times=3)])
+    net(aws, tmp_path)
+    assert aws.actions()['DescribeRouteTables']==4
+    monkeypatch.setattr(network, '_patience', .2)
+    aws.set(faults=[dict(do='empty', action='DescribeRouteTables', times=1000)])
+    with pytest.raises(CloudError, match='no main route table of vpc-.*fastimagenet-cluster down demo --region us-east-1'): net(aws, tmp_path)
+
 def test_the_second_time_makes_nothing(aws, tmp_path):
     n = net(aws, tmp_path, efs=True)
     before = len(aws.log())
@@ -106,7 +115,7 @@ def test_a_gateway_that_went_away(aws, tmp_path):
 def test_the_key_of_another_laptop(aws, tmp_path):
     net(aws, tmp_path)
     before = len(aws.log())
-    with pytest.raises(CloudError, match='me@laptop.*cannot reach.*`down` work from here.*fastimagenet-cluster down demo --region us-east-1'): net(aws, tmp_path, folder='other')
+    with pytest.raises(CloudError, match='me@laptop.*cannot reach.*fastimagenet-cluster show demo.*fastimagenet-cluster down demo --region us-east-1'): net(aws, tmp_path, folder='other')
     assert not changes(aws, before)
 
 def test_names_that_are_taken(aws, tmp_path):

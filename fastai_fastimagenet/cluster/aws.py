@@ -6,32 +6,24 @@
 __all__ = ['AWSCluster']
 
 # %% ../../nbs/57_cluster.aws.ipynb #683c0943
-import copy, shutil, signal, tempfile, threading, time
-from contextlib import ExitStack, contextmanager
+import copy, shutil, signal, sys, tempfile, threading
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
+from .access import *
 from .cloud import *
 from .dryrun import *
-from .gate import *
+from .inventory import look
 from .market import *
 from .order import *
+from .reach import *
 from .rent import *
-from .ssh import *
-from .task import *
-from .teardown import down
+from .teardown import down, end_launch
 
 # %% ../../nbs/57_cluster.aws.ipynb #49b34dab
-class AWSCluster(Order, Cluster):
+class AWSCluster(Order, Reach):
     "Machines rented from AWS"
-    instances,_tasks,_over = (),None,threading.Event()
-
-    @property
-    def tasks(self)->list:
-        "The machines; the first time it waits until they can be reached"
-        if self._tasks is None: self._tasks = self._connect()
-        return self._tasks
 
 # %% ../../nbs/57_cluster.aws.ipynb #5d86e3ae
 @patch
@@ -62,29 +54,39 @@ def _find(self:AWSCluster):
     try:
         with self._step('Waiting for the machines'): found = wait_running(self.ec2, self.name, len(ids), lambda o: o['InstanceId'] in ids)
     except NoMachines as e: raise CloudError(f'Machines of cluster {self.name} in {self.region} end: {e}. Remove it: {self.undo}') from None
-    if len(newest)<len(live):
-        with self._step('Ending older machines'): end_generation(self.ec2, self.name, generation_of(newest[0]), older=True)
     return found
 
 @patch
+def _ours(self:AWSCluster):
+    "`OthersCluster` if there is such a cluster, but made from another laptop"
+    public = ssh_key(self.folder) if (self.folder/'key').exists() else None
+    with self._step('Looking for the key pair'): known = tagged(self.ec2, 'key pair', self.name)
+    for pair in known: check_key(pair, public, self.region)
+
+@patch
 def _make(self:AWSCluster):
+    self._ours()
     found = self._find()
     if not found: return self._new()
     machine,n = found[0]['InstanceType'],len(found)
     if (machine,n)!=(self.machine,self.nodes):
         raise CloudError(f'Cluster {self.name} in {self.region} has {n} x {machine}, not {self.nodes} x {self.machine}. Go on with it by AWSCluster.attach({self.name!r}), '
                          f'replace its machines by relaunch(), or remove it: {self.undo}')
+    with self._step('Ending older machines'): end_generation(self.ec2, self.name, generation_of(found[0]), older=True)
     self._adopt(found)
 
 @patch
 def _new(self:AWSCluster):
-    "Look up, launch, take; what was made is removed if it fails"
+    "Look up, launch, take. If it fails, what was made is removed, or the machines alone if other things were there before"
+    found,unknown = look(*clients(self.session, self.region), self.region, self.name, ['key pair','VPC','file system'])
     self.look_up()
-    self.show()
     self.generation += 1
-    try: self._adopt(self.launch())
+    try:
+        self.show()
+        self._adopt(self.launch())
+    except OthersCluster: raise
     except BaseException as e:
-        self._give_up(e)
+        self._give_up(e, bool(found or unknown))
         raise
 
 # %% ../../nbs/57_cluster.aws.ipynb #79d33a7b
@@ -101,9 +103,14 @@ def _signals():
         for s,h in before.items(): signal.signal(s, h or signal.SIG_DFL)
 
 @patch
-def _give_up(self:AWSCluster, e):
-    self.say(f'Cluster {self.name} could not be made: {e or type(e).__name__}\nWhat there is of it is removed; a second Ctrl-C leaves it')
-    try: self.down(again=True)
+def _give_up(self:AWSCluster, e, others):
+    self.instances = []
+    what = f'Its machines end; what was there before stays. A second Ctrl-C leaves them. To remove all: {self.undo}' if others else 'What there is of it is removed; a second Ctrl-C leaves it'
+    self.say(f'Cluster {self.name} could not be made: {e or type(e).__name__}\n{what}')
+    try:
+        if not others: self.down(again=True)
+        else:
+            with self._step('Ending its machines'): end_launch(self.ec2, self.name, self.generation)
     except CloudError as e2: self.say(str(e2))
 
 @patch
@@ -123,8 +130,7 @@ def down(self:AWSCluster,
         self.say(f'Stopped. Remove the rest: {self.undo}')
         raise
     self.instances,self.ends,self.spent,self.address = [],None,0,None
-    mark = self.folder/'region'
-    if not left and mark.exists() and mark.read_text()==self.region: shutil.rmtree(self.folder) # The keys open nothing any more
+    if not left: shutil.rmtree(self.folder) # The keys open nothing any more
     return left
 
 # %% ../../nbs/57_cluster.aws.ipynb #95fad260
@@ -132,12 +138,15 @@ def down(self:AWSCluster,
 def relaunch(self:AWSCluster):
     "New machines in place of all that there are"
     with _signals():
+        self._ours()
         self._disconnect()
         with self._step('Looking for its machines'): every = all_machines(self.ec2, self.name)
         self.spent = cost(every) or 0
         self.generation = max([self.generation, *map(generation_of, every)])
         with self._step('Ending the old machines'): end_generation(self.ec2, self.name, self.generation+1, older=True)
-        self.address = None
+        self.instances,self.address = [],None
+        self.say('Waiting until the old machines are gone, which takes AWS a minute or more')
+        with self._step('Waiting for the old machines'): wait_ended(self.ec2, self.name)
         self._new()
 
 @patch(cls_method=True)
@@ -161,57 +170,6 @@ def cost(self:AWSCluster)->float: # USD; None if a price is not known
     "What its machines have cost until now, by the prices at which they were launched; those of earlier generations count while AWS shows them, about an hour"
     with self._step('Looking for its machines'): return cost(all_machines(self.ec2, self.name))
 
-# %% ../../nbs/57_cluster.aws.ipynb #afd26e00
-_ssh_wait,_ssh_poll,_beat = 600,3,60 # Seconds: longest wait for a machine to be reached, between tries, between two signs of life for the watchdogs
-
-@patch
-def ssh_config(self:AWSCluster)->Path:
-    "Write the ssh_config with which the machines are reached as rank0, rank1 and so on"
-    key,host = self.folder/'key',self.folder/'host_key/key.pub'
-    if not (key.exists() and host.exists()):
-        raise CloudError(f'The ssh key of cluster {self.name} is not in {self.folder}: it was made by {tags_of(self.instances[0]).get("fastimagenet:owner", "someone else")}. '
-                         f'From here it can be shown and removed: {self.undo}')
-    known,inside = self.folder/'known_hosts',len(self.instances[0]['NetworkInterfaces'])>1
-    known.write_text(f'* {host.read_text()}')
-    hosts = {f'rank{i}': o['PrivateIpAddress' if inside and i else 'PublicIpAddress'] for i,o in enumerate(self.instances)}
-    return write_ssh_config(self.folder, hosts, self.user, key, known_hosts=known, jump=inside)
-
-@patch
-def _connect(self:AWSCluster):
-    if not self.instances: raise CloudError(f'Cluster {self.name} has no machines: call create() or relaunch() first')
-    config = self.ssh_config()
-    tasks = [SSHTask(config, f'rank{i}', i, o['PrivateIpAddress']) for i,o in enumerate(self.instances)]
-    names = ''.join(f'{t.address} {t.name} # fastimagenet\n::ffff:{t.address} {t.name} # fastimagenet\n' for t in tasks)
-    self.each(partial(self._ready, names), 'ssh', tasks)
-    if len(self.instances[0]['NetworkInterfaces'])>1: share_gate(tasks, self.python, self.region)
-    self._over = threading.Event()
-    threading.Thread(target=_beats, args=(tasks, self._over), daemon=True).start()
-    return tasks
-
-@patch
-def _ready(self:AWSCluster, names, task):
-    "Wait until the machine is set up, and give it the names of all"
-    end = time.monotonic()+_ssh_wait
-    while True:
-        try: problems = task.sh(f'cat ~/fastimagenet/watch/ready || exit\n{set_names} && touch ~/fastimagenet/watch/lease', names)
-        except HostError:
-            if time.monotonic()>end: raise
-        else: break
-        time.sleep(_ssh_poll)
-    for line in problems.splitlines(): self.say(f'{task.name}: {line}')
-
-@patch
-def _disconnect(self:AWSCluster):
-    self._over.set()
-    for t in self._tasks or []: t.close()
-    self._tasks = None
-
-def _beats(tasks, over):
-    def touch(t):
-        try: t.sh('touch ~/fastimagenet/watch/lease', timeout=30)
-        except HostError: pass # Who uses the machine will notice
-    while not over.wait(_beat): together(*(partial(touch, t) for t in tasks))
-
 # %% ../../nbs/57_cluster.aws.ipynb #3dff9c27
 @patch
 def __enter__(self:AWSCluster):
@@ -225,8 +183,11 @@ def __enter__(self:AWSCluster):
 @patch
 def __exit__(self:AWSCluster, kind, e, tb):
     with self._stack:
-        if not getattr(e, 'look', False): self.down()
-        else: self._stay()
+        if getattr(e, 'look', False): return self._stay()
+        if not (left := self.down()): return
+        text = f'Left of cluster {self.name} in {self.region}: {"; ".join(f"{r}: {r.why}" for r in left)}. It may cost money. Try again: {self.undo}'
+        if e is None: raise CloudError(text)
+        print(text, file=sys.stderr) # The error of the block goes on
 
 @patch
 def _stay(self:AWSCluster):
@@ -241,8 +202,9 @@ def plan(self:AWSCluster)->Plan:
     "What `create` would do and cost at most. Nothing is changed"
     dry,c = DryRun(self.session, Location=self.zone or f'{self.region}?', AvailabilityZone=self.zone or f'{self.region}?', InstanceType=self.machine),copy.copy(self)
     lines = []
-    c.session,c.say,c._give_up = dry.session,lambda line: dry.nodes or lines.append(line),lambda e: None # No machines will be reported
+    c.session,c.say,c._give_up = dry.session,lambda line: dry.nodes or lines.append(line),lambda *args: None # No machines will be reported
     with tempfile.TemporaryDirectory() as tmp:
-        c._folder = Path(tmp)
+        c._folder = Path(shutil.copytree(self.folder, tmp, dirs_exist_ok=True)) # With the keys, if they are there
+        with suppress(OSError): self.folder.rmdir() # If it is empty
         c._make()
     return Plan(lines, dry.calls, dry.unknown)

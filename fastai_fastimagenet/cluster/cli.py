@@ -92,8 +92,10 @@ def _cost(a):
 # %% ../../nbs/64_cluster.cli.ipynb #3df0a928
 def _attach(a):
     from fastai_fastimagenet.cluster.aws import AWSCluster
-    c = AWSCluster.attach(a.name, _session(a).region_name)
+    c = AWSCluster.attach(a.name, _session(a).region_name, say=lambda line: print(line, file=sys.stderr))
     if not 0<=getattr(a, 'rank', 0)<len(c.instances): raise ValueError(f'Cluster {a.name} has machines 0 to {len(c.instances)-1}, got {a.rank}')
+    c.ssh_config() # Says so if the key is not here
+    c.knock()
     return c
 
 def _tasks(c):

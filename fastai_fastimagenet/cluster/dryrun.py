@@ -20,6 +20,7 @@ def _answer(shape, given, nodes, name='', depth=0):
     if shape is None: return {}
     if shape.type_name=='structure': return {k: sub(s, k) for k,s in shape.members.items()} if name!='ResponseMetadata' else {}
     if shape.type_name=='list':
+        if name=='Tags' and name in given: return given[name]
         if shape.member.type_name=='string': return [sub(shape.member, name)] if shape.member.enum else []
         n = nodes if name=='Instances' else len(given[name]) if isinstance(given.get(name), list) else 1
         return [sub(shape.member, name)]*n if depth==1 or name in _inside else []
@@ -66,7 +67,7 @@ class DryRun:
         if self.blind and name in _facts: raise NoCredentialsError
         if name=='RunInstances':
             self.nodes = given['MaxCount']
-            self.known.update(given) # Machines are described as they were ordered
+            self.known.update(given, Tags=[t for s in given.get('TagSpecifications', [])[:1] for t in s['Tags']]) # Machines are described as they were ordered
         absent = looks and name not in _there or not about_new and any(t.startswith('tag:') for t in _texts(given))
         res = _answer(model.output_shape, {**self.known, **given}, self.nodes or 1)
         if absent: res = {k: [] if isinstance(v, list) else v for k,v in res.items()}

@@ -105,7 +105,12 @@ def gateway(self:_Parts, vpc):
 def ways_out(self:_Parts, vpc):
     def table():
         where = [dict(Name='vpc-id', Values=[vpc]), dict(Name='association.main', Values=['true'])]
-        with self.step('Looking for the route table'): return self.ec2.describe_route_tables(Filters=where)['RouteTables'][0]
+        end = time.monotonic()+_patience
+        while time.monotonic()<end: # AWS does not show that of a new VPC at once
+            with self.step('Looking for the route table'): found = self.ec2.describe_route_tables(Filters=where)['RouteTables']
+            if found: return found[0]
+            time.sleep(_again)
+        raise CloudError(f'AWS shows no main route table of {vpc}, the VPC of cluster {self.name} in {self.region}, after {_patience} s. Try again, or remove what was made by: {undo_command(self.name, self.region)}')
     table,gateway = together(table, partial(self.gateway, vpc))
     t,everywhere = table['RouteTableId'],'0.0.0.0/0'
     def route():
@@ -125,17 +130,16 @@ def group(self:_Parts, vpc, cidr):
     g = known[0] if known else self.make('security group', GroupName=self.title, Description='ssh from the launcher, all traffic among the machines', VpcId=vpc)
     i = g['GroupId']
     inside = [dict(IpProtocol='-1', UserIdGroupPairs=[dict(GroupId=i)])]
-    ssh = lambda c: [dict(IpProtocol='tcp', FromPort=22, ToPort=22, IpRanges=[dict(CidrIp=c)])]
     among = lambda rules: any(r['IpProtocol']=='-1' and any(p['GroupId']==i for p in r['UserIdGroupPairs']) for r in rules)
-    knock = {o['CidrIp'] for r in g.get('IpPermissions', []) if r.get('FromPort')==r.get('ToPort')==22 for o in r['IpRanges']}
+    knock = ssh_from(g)
     def allow(direction, rules):
         with self.step(f'Adding a rule to security group {i}'):
             self.call(f'authorize_security_group_{direction}', ['InvalidPermission.Duplicate'], GroupId=i, IpPermissions=rules)
     new = [partial(allow, d, inside) for d in ('ingress','egress') if not among(g.get('IpPermissions' if d=='ingress' else 'IpPermissionsEgress', []))]
-    together(*new, *([partial(allow, 'ingress', ssh(cidr))] if cidr not in knock else []))
+    together(*new, *([partial(allow, 'ingress', ssh_rule(cidr))] if cidr not in knock else []))
     for c in knock-{cidr}:
         with self.step(f'Closing ssh from {c} in security group {i}'):
-            self.call('revoke_security_group_ingress', ['InvalidPermission.NotFound'], GroupId=i, IpPermissions=ssh(c))
+            self.call('revoke_security_group_ingress', ['InvalidPermission.NotFound'], GroupId=i, IpPermissions=ssh_rule(c))
     return i
 
 # %% ../../nbs/55_cluster.network.ipynb #53405c2a
@@ -144,9 +148,7 @@ def key_pair(self:_Parts, public):
     "Name of the key pair"
     known = self.found['key pair']
     key = known[0] if known else self.make('key pair', KeyName=self.title, PublicKeyMaterial=public.encode())
-    if 'PublicKey' in key and key['PublicKey'].split()[:2]!=public.split()[:2]:
-        raise CloudError(f'Cluster {self.name} in {self.region} was made with another ssh key, that of {tags_of(key).get("fastimagenet:owner", "another laptop")}: this laptop cannot reach '
-                         f'its machines by ssh. `fastimagenet-cluster show` and `down` work from here. For a key of this laptop create it anew after: {undo_command(self.name, self.region)}')
+    check_key(key, public, self.region)
     return key['KeyName']
 
 @patch

@@ -63,7 +63,7 @@ class Order:
     def __repr__(self): return f'{type(self).__name__}({self.name!r}, {self.nodes} x {self.machine} in {self.region})'
 
     @property
-    def folder(self)->Path: return self._folder or cluster_folder(self.name) # Of this laptop, for the keys
+    def folder(self)->Path: return self._folder or cluster_folder(f'{self.name}.{self.region}') # Of this laptop, for the keys
     @property
     def undo(self)->str: return undo_command(self.name, self.region) # The command that removes it
 
@@ -118,7 +118,6 @@ def show(self:Order):
 def _keys(self:Order):
     "Public key of ssh, and both halves of the host key"
     public,host = ssh_key(self.folder),ssh_key(self.folder/'host_key')
-    (self.folder/'region').write_text(self.region)
     return public,(self.folder/'host_key/key').read_text(),host
 
 @patch
