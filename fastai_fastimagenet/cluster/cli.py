@@ -175,7 +175,7 @@ def _parser():
     s = command(_down, 'remove everything of a cluster', False)
     s.add_argument('name', nargs='?', help='of the cluster')
     s.add_argument('--all', action='store_true', help='all clusters of the region')
-    s.add_argument('--yes', action='store_true', help='do not ask')
+    s.add_argument('--yes', action='store_true', help='with --all: do not ask')
     _plan_options(command(_plan, 'what would be made, and what it can cost at most; makes nothing'))
     return p
 

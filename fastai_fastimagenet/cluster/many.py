@@ -15,6 +15,7 @@ from .task import *
 from .job import *
 from .torchrun import *
 from .run import *
+from .aws import signals_raise
 
 # %% ../../nbs/64_cluster.many.ipynb #e2ea3ef2
 class _Crowd:
@@ -113,8 +114,9 @@ def run_many(
     threads = [threading.Thread(target=crowd.work, args=[i], daemon=True) for i in range(min(max_parallel, len(jobs)))]
     for t in threads: t.start()
     try:
-        for t in threads:
-            while t.is_alive(): t.join(.2) # In small steps: Ctrl-C comes between them
+        with signals_raise():
+            for t in threads:
+                while t.is_alive(): t.join(.2) # In small steps: Ctrl-C comes between them
     except BaseException:
         say('Stopping all jobs and giving the clusters back; Ctrl-C again leaves them as they are')
         crowd.stop()
