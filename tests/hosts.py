@@ -35,7 +35,7 @@ _init = r'''
 set -e; cd "$DIR"; hostname "$NAME"
 for p in $SHARED; do mkdir -p "tmp$p"; mount --rbind "/tmp$p" "tmp$p"; done
 sed "s,^root:[^:]*:\(.*\):[^:]*:[^:]*$,root:*:\1:$HOME_DIR:/bin/bash," /etc/passwd > passwd
-for f in passwd hosts; do mount --bind $f /etc/$f; done
+rm -rf etc; cp -a /etc etc; cp passwd hosts etc; mount --bind etc /etc # What is written there stays in the machine
 [ ! -e /etc/resolv.conf ] || mount --bind /dev/null /etc/resolv.conf
 mount -t tmpfs none /run; mkdir /run/sshd
 mount --bind home "$HOME_DIR"; mount --rbind tmp /tmp

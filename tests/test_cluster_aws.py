@@ -436,6 +436,8 @@ def test_machines_over_ssh(aws, session, monkeypatch):
             for line in c.sh('getent ahostsv4 rank2 | head -n 1'): assert line.split()[0]==machines[2].address
             for text in c.sh('cat /etc/hosts'): assert text.count('rank1 ')==2 and f'::ffff:{machines[1].address} rank1' in text and 'localhost' in text
             c._disconnect() # The names are written again
+        proxies = [h.inside('bash', '-c', f'grep -c {machines[0].address}:3128$ /etc/environment || true').strip() for h in machines]
+        assert proxies[1:]==['4','4'] and proxies[0] in ('','0') # The others reach the internet through rank 0
         time.sleep(.5)
         c.tasks
         time.sleep(.8)
