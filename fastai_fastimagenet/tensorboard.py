@@ -12,7 +12,7 @@ from .sizing import *
 from .meters import *
 from fastai.basics import *
 from fastai.callback.core import *
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto import summary_pb2 as pb
 from torch.utils.tensorboard import SummaryWriter
 
 # %% ../nbs/27_tensorboard.ipynb #726431fa
@@ -67,7 +67,7 @@ class TensorBoard(FitCallback):
 
     def _write(self, values):
         "All in one event, which costs little more than one value"
-        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=k, simple_value=v) for k,v in values.items()]), self.n_seen)
+        self.writer.file_writer.add_summary(pb.Summary(value=[pb.Summary.Value(tag=k, simple_value=v) for k,v in values.items()]), self.n_seen)
 
     def before_validate(self): self.eval_began = time.perf_counter()
 
