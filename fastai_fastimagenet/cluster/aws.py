@@ -74,6 +74,7 @@ def _make(self:AWSCluster):
                          f'replace its machines by relaunch(), or remove it: {self.undo}')
     with self._step('Ending older machines'): end_generation(self.ec2, self.name, generation_of(found[0]), older=True)
     self._adopt(found)
+    self.say(f'Cluster {self.name} is there already' + (f'; its machines end at {self.ends:%Y-%m-%d %H:%M} UTC, as when they were launched' if self.ends else ''))
 
 @patch
 def _new(self:AWSCluster):
