@@ -112,7 +112,7 @@ def _decode_jpeg(b, head, box, shape, exact):
 def _rgb(im):
     "Pillow image `im` as (H,W,3) uint8"
     if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im).clip(0, 65535)/257+.5).astype(np.uint8)) # 16 bits
-    return np.asarray(im.convert('RGB'))
+    return np.array(im.convert('RGB'))
 
 def _decode_any(b, box):
     with Image.open(io.BytesIO(b)) as im: a = _rgb(im)
