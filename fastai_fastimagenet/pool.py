@@ -25,7 +25,7 @@ class _Jobs(Dataset):
         run,*args = job
         return run, self.make(*args) if run>=self.current.item() else None
 
-# %% ../nbs/12_pool.ipynb #207b71d1
+# %% ../nbs/12_pool.ipynb #5f499656
 def _one_thread(f, args):
     "`f(*args)` without PyTorch's threads, which are for large tensors"
     n = torch.get_num_threads()
@@ -45,12 +45,13 @@ class WorkerPool:
         self._reset()
 
     def _reset(self):
-        self.results,self.n_runs,self.waiting,self.guess,self.then = None,0,deque(),None,None
+        self.results,self.n_runs,self.waiting,self.guess,self.kind,self.again = None,0,deque(),None,None,{}
         self.current = torch.ones(1, dtype=torch.int64).share_memory_() # Runs before this one are given up
 
     def run(self,
         jobs:list, # Tuples of arguments for `make`
-        then=None # Function that returns the jobs that will probably be run next; called when the last job is handed out
+        kind='', # What they are for, e.g. 'train'
+        again=None # Function that returns the jobs of the next run of this kind, or None; called early, when another run comes to its end
     ):
         "Results of `jobs`, in order; an error in a process is raised here, with its traceback"
         if self.workers==0:
@@ -61,7 +62,8 @@ class WorkerPool:
             self.waiting.clear()
             run = self._add(jobs)
             self.current[0] = run
-        self.guess,self.then = None,then
+        self.guess,self.kind = None,kind
+        self.again = {**{k: f for k,f in self.again.items() if k!=kind}, kind:again}
         try:
             if self.results is None: self.results = self._start()
             for _ in jobs: yield next(res for r,res in self.results if r==run)
@@ -79,11 +81,15 @@ class WorkerPool:
         return self.n_runs
 
     def _next_job(self):
-        then = None if self.waiting else self.then
-        if then:
-            self.then = None
-            if jobs := then(): self.guess = self._add(jobs),jobs
+        if not self.waiting and not self.guess and (again := self._expected()):
+            jobs = again()
+            if jobs: self.guess = self._add(jobs),jobs
         return self.waiting.popleft() if self.waiting else (0,)
+
+    def _expected(self):
+        "How to make the jobs that will probably be run next"
+        others = [f for k,f in self.again.items() if k!=self.kind]
+        return others[-1] if others else self.again.get(self.kind)
 
     def close(self):
         "End the processes; the next run starts new ones"
