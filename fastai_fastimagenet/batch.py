@@ -30,7 +30,7 @@ def _stir(z):
     for shift,factor in ((30,0xbf58476d1ce4e5b9), (27,0x94d049bb133111eb)): z = (z^(z>>np.uint64(shift)))*np.uint64(factor)
     return z^(z>>np.uint64(31))
 
-# %% ../nbs/15_batch.ipynb #65865095
+# %% ../nbs/15_batch.ipynb #0c61d0c0
 @dataclass(frozen=True)
 class RandomView:
     "A random box of each picture, some of them flipped"
@@ -70,10 +70,10 @@ class CentreView:
     exact = True
 
     def boxes(self, rows, w, h):
-        "As of `RandomView`; no flips"
+        "As of `RandomView`; the same margin on both sides, no flips"
         scale = np.minimum(w/self.shape[1], h/self.shape[0])*self.crop_pct
-        bw,bh = (np.clip(np.rint(scale*side), 1, most).astype(int) for side,most in ((self.shape[1],w), (self.shape[0],h)))
-        return np.stack([(w-bw)//2,(h-bh)//2,bw,bh], 1),np.zeros(len(rows), bool)
+        x,y = (np.rint((most-scale*side)/2).clip(0, (most-1)//2).astype(int) for side,most in ((self.shape[1],w), (self.shape[0],h)))
+        return np.stack([x,y,w-2*x,h-2*y], 1),np.zeros(len(rows), bool)
 
 # %% ../nbs/15_batch.ipynb #1f91b39f
 @dataclass(frozen=True)

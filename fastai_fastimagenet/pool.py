@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WorkerPool']
 
-# %% ../nbs/12_pool.ipynb #f1205d3b
-import math, signal, weakref
+# %% ../nbs/12_pool.ipynb #d9f0f139
+import atexit, math, signal, weakref
 from collections import deque
 import torch
 from torch.utils.data import DataLoader as TorchDataLoader, Dataset
@@ -25,7 +25,7 @@ class _Jobs(Dataset):
         run,*args = job
         return run, self.make(*args) if run>=self.current.item() else None
 
-# %% ../nbs/12_pool.ipynb #5f499656
+# %% ../nbs/12_pool.ipynb #5674dc51
 def _one_thread(f, args):
     "`f(*args)` without PyTorch's threads, which are for large tensors"
     n = torch.get_num_threads()
@@ -43,6 +43,7 @@ class WorkerPool:
     ):
         self.make,self.workers,self.pin_memory,self.ahead = make,workers,pin_memory,ahead or max(2*workers, 6)
         self._reset()
+        _pools.add(self)
 
     def _reset(self):
         self.results,self.n_runs,self.waiting,self.guess,self.kind,self.again = None,0,deque(),None,None,{}
@@ -98,6 +99,12 @@ class WorkerPool:
     def __getstate__(self): return dict(make=self.make, workers=self.workers, pin_memory=self.pin_memory, ahead=self.ahead)
     def __setstate__(self, state): self.__init__(**state)
     def __deepcopy__(self, memo): return self # Copies of a loader share the processes
+
+_pools = weakref.WeakSet()
+
+@atexit.register # Before PyTorch and multiprocessing clean up, who would wait for processes that do not mind SIGTERM
+def _close_all():
+    for p in list(_pools): p.close()
 
 def _same(o): return o
 
