@@ -6,9 +6,11 @@ from .recipes import recipes
 from .photos import photos
 from .rect import RectCrop
 from .models import to_any_size, zero_init_residual, resnet_small
+from .loader import imagenet_dls
 from .group import rank0_first
 from .distributed import DDPTrainer
 from .memory import AutoMicroBatch, find_batch_size
+from .data import PhaseData
 from .resize import ProgressiveResize
 from .batchsize import DynamicBatchSize
 from .warmup import LRWarmup, PhaseLR

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['WorkerPool']
 
-# %% ../nbs/12_pool.ipynb #d9f0f139
+# %% ../nbs/12_pool.ipynb #1326b0dc
 import atexit, math, signal, weakref
 from collections import deque
+from itertools import count
 import torch
 from torch.utils.data import DataLoader as TorchDataLoader, Dataset
 
@@ -25,7 +26,7 @@ class _Jobs(Dataset):
         run,*args = job
         return run, self.make(*args) if run>=self.current.item() else None
 
-# %% ../nbs/12_pool.ipynb #5674dc51
+# %% ../nbs/12_pool.ipynb #ad69ae81
 def _one_thread(f, args):
     "`f(*args)` without PyTorch's threads, which are for large tensors"
     n = torch.get_num_threads()
@@ -42,11 +43,17 @@ class WorkerPool:
         ahead:int=None, # Jobs under way at any time; by default two for each worker, at least 6
     ):
         self.make,self.workers,self.pin_memory,self.ahead = make,workers,pin_memory,ahead or max(2*workers, 6)
+        self.key = next(_keys)
+        weakref.finalize(self, _running.pop, self.key, None)
         self._reset()
-        _pools.add(self)
+
+    @property
+    def results(self):
+        "The iterator of PyTorch's loader, None if no processes run"
+        return _running.get(self.key)
 
     def _reset(self):
-        self.results,self.n_runs,self.waiting,self.guess,self.kind,self.again = None,0,deque(),None,None,{}
+        self.n_runs,self.waiting,self.guess,self.kind,self.again = 0,deque(),None,None,{}
         self.current = torch.ones(1, dtype=torch.int64).share_memory_() # Runs before this one are given up
 
     def run(self,
@@ -66,7 +73,7 @@ class WorkerPool:
         self.guess,self.kind = None,kind
         self.again = {**{k: f for k,f in self.again.items() if k!=kind}, kind:again}
         try:
-            if self.results is None: self.results = self._start()
+            if self.results is None: _running[self.key] = self._start()
             for _ in jobs: yield next(res for r,res in self.results if r==run)
         except Exception:
             self.close()
@@ -94,17 +101,15 @@ class WorkerPool:
 
     def close(self):
         "End the processes; the next run starts new ones"
+        _running.pop(self.key, None)
         self._reset()
 
     def __getstate__(self): return dict(make=self.make, workers=self.workers, pin_memory=self.pin_memory, ahead=self.ahead)
     def __setstate__(self, state): self.__init__(**state)
     def __deepcopy__(self, memo): return self # Copies of a loader share the processes
 
-_pools = weakref.WeakSet()
-
-@atexit.register # Before PyTorch and multiprocessing clean up, who would wait for processes that do not mind SIGTERM
-def _close_all():
-    for p in list(_pools): p.close()
+_keys,_running = count(),{} # Not in the pools: garbage that lies in a cycle has its queues stopped before it can end its processes
+atexit.register(_running.clear) # Before PyTorch and multiprocessing clean up, who would wait for processes that do not mind SIGTERM
 
 def _same(o): return o
 

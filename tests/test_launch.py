@@ -121,10 +121,10 @@ def test_counts_are_those_of_one_process(demo, small_photos):
     from fastai.vision.all import CrossEntropyLossFlat, Learner, accuracy, top_k_accuracy
     from fastai_fastimagenet.models import resnet_small
     from fastai_fastimagenet.rectval import rect_dl
-    from fastai_fastimagenet.folder import get_dls
+    from fastai_fastimagenet.loader import imagenet_dls
     out,_ = demo
     said = json.loads((out/'ours/result.json').read_text())
-    dls = get_dls(small_photos, 48, 16, workers=0) # The batch size decides which pictures share a rectangle
+    dls = imagenet_dls(small_photos, 48, 16, workers=0) # The batch size decides which pictures share a rectangle
     model = resnet_small(dls.c).to(memory_format=torch.channels_last)
     model.load_state_dict(torch.load(out/'ours/model.pth')['model'])
     learn = Learner(dls, model, CrossEntropyLossFlat(), metrics=[accuracy, top_k_accuracy])

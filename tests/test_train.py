@@ -6,7 +6,7 @@ from PIL import Image
 from fastai_fastimagenet.models import resnet_small
 from fastai_fastimagenet.phase import Phase
 from fastai_fastimagenet.schedule import Schedule
-from fastai_fastimagenet.folder import class_of, find_images
+from fastai_fastimagenet.loader import class_of, find_images
 from fastai_fastimagenet.train import main
 
 exe = Path(sys.executable).parent/'fastimagenet-train'
