@@ -56,9 +56,9 @@ def large(folder, n=1_300_000):
     began = time.perf_counter()
     idx = ImageIndex(folder, open_index(file), file, [])
     opened = time.perf_counter()
-    idx.sizes()
-    sized,mb = time.perf_counter(),[f'{o:.0f} MB' for o in WorkerPool(partial(use, idx), 2).run([(),()])]
-    print(f'{n:,} rows, {file.stat().st_size/1e6:.0f} MB: opened in {1e3*(opened-began):.1f} ms, all sizes in {1e3*(sized-opened):.0f} ms more; '
+    idx.table['kind'].max() # Every page is read once, as when an index is compared with its folder
+    read,mb = time.perf_counter(),[f'{o:.0f} MB' for o in WorkerPool(partial(use, idx), 2).run([(),()])]
+    print(f'{n:,} rows, {file.stat().st_size/1e6:.0f} MB: opened in {1e3*(opened-began):.1f} ms, read through in {1e3*(read-opened):.0f} ms; '
           f'memory of each of two workers: {", ".join(mb)}')
 
 if __name__=='__main__':

@@ -274,6 +274,7 @@ def test_as_many_as_imagenet(tmp_path):
     rows['size'],rows['width'],rows['height'] = 110_000,500,375
     file = save_index(tmp_path, rows)
     idx = ImageIndex(tmp_path, open_index(file), file, [])
-    results = [use(idx), *WorkerPool(partial(use, idx), 2).run([(), ()])]
-    for grown,*rest in results[1:]: assert grown<50e6, f'{grown/1e6:.0f} MB'
-    assert all(r[1:]==(n*875, 'n01299000.JPEG', n*110_000) for r in results)
+    assert idx.table['kind'].max()==0 # This process has all pages of the file, so that those of the workers count as shared
+    for grown,*rest in WorkerPool(partial(use, idx), 2).run([(), ()]):
+        assert grown<50e6, f'{grown/1e6:.0f} MB'
+        assert rest==[n*875, 'n01299000.JPEG', n*110_000]
