@@ -66,6 +66,7 @@ if __name__=='__main__':
     p.add_argument('--images', type=int, default=4000)
     p.add_argument('--rounds', type=int, default=9)
     args = p.parse_args()
+    with tempfile.TemporaryDirectory() as folder: large(Path(folder)) # First: free memory that workers inherit would count as theirs
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         size = write_files(folder, args.images)
@@ -78,4 +79,3 @@ if __name__=='__main__':
                 if i: v.append(n/(time.process_time()-began))
         for f,v in rates.items(): print(f'{f.__name__:6} {statistics.median(v):9,.0f} images/s of CPU time ({min(v):,.0f} to {max(v):,.0f})')
         print(f'{args.images} files of {size/1e3:.0f} KB, {args.rounds} rounds, Pillow {PIL.__version__}, NumPy {np.__version__}')
-    with tempfile.TemporaryDirectory() as folder: large(Path(folder))
