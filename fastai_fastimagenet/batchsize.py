@@ -40,6 +40,7 @@ class DynamicBatchSize(ScaleLR):
     def before_epoch(self):
         bs = self._largest() if self.auto else at_epoch(self.batch_sizes, self.epoch)
         if bs: [self.change(dl, 'bs', bs) for dl in dl_layers(self.dls.train)]
+        self.announce(bs=at_epoch(self.batch_sizes, self.epoch+1))
 
     def _largest(self):
         "The largest batch at the present image size"

@@ -128,6 +128,11 @@ class FitCallback(Callback):
         self.on_exit(setattr, obj, name, getattr(obj, name))
         setattr(obj, name, value)
 
+    def announce(self, **settings):
+        "Tell a training loader that prepares its next epoch early what will change in it; None: nothing is known"
+        dl = dl_layers(self.learn.dls.train)[-1]
+        if 'announced' in vars(dl): self.change(dl, 'announced', {**dl.announced, **{k: v for k,v in settings.items() if v is not None}})
+
     def on_exit(self, f, *args, **kwargs):
         "Call `f(*args, **kwargs)` when the fit ends; last registered, first called; `self.learn` may be gone by then"
         _fits[self.learn].undo.callback(f, *args, **kwargs)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JPEG', 'PROGRESSIVE', 'OTHER', 'RAW', 'Header', 'jpeg_header', 'read_header', 'dct_scale', 'snap', 'resizer',
-           'upright', 'decode', 'read_file', 'check_image']
+           'resized', 'upright', 'decode', 'read_file', 'check_image']
 
 # %% ../nbs/11_decode.ipynb #c8b527dc
 import io, math, os, time
@@ -108,7 +108,7 @@ def _decode_jpeg(b, head, box, shape, exact):
     x0,y0,x1,y1 = snap(box, scale)
     return a[y0:y1, x0:x1]
 
-# %% ../nbs/11_decode.ipynb #a9a34f7a
+# %% ../nbs/11_decode.ipynb #1903e289
 def _rgb(im):
     "Pillow image `im` as (H,W,3) uint8"
     if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im).clip(0, 65535)/257+.5).astype(np.uint8)) # 16 bits
@@ -139,7 +139,15 @@ def resizer():
     times = [min(_seconds(f, a) for _ in range(3)) for f in (_resize_torch,_resize_pillow)]
     return _resize_pillow if times[0]>1.5*times[1] else _resize_torch
 
-# %% ../nbs/11_decode.ipynb #5868b7cf
+# %% ../nbs/11_decode.ipynb #b8a8f0d4
+def resized(
+    a:np.ndarray, # (H,W,3) uint8
+    shape:tuple # Height, width (pixels)
+)->torch.Tensor: # (height,width,3) uint8
+    "`a` in another size"
+    return torch.from_numpy(a) if a.shape[:2]==tuple(shape) else resizer()(a, tuple(shape))
+
+# %% ../nbs/11_decode.ipynb #e1331924
 _turned,_mirrored,_flipped = (5,6,7,8),(2,3,6,7),(3,4,7,8) # Exchange sides first, then left and right, then up and down
 
 def upright(
@@ -161,7 +169,7 @@ def _turn(t, orientation):
     if orientation in _turned: t = t.transpose(0, 1)
     return t.flip([d for d,os in ((1,_mirrored),(0,_flipped)) if orientation in os])
 
-# %% ../nbs/11_decode.ipynb #4e75b689
+# %% ../nbs/11_decode.ipynb #17109fe7
 def decode(
     b, # Image file; a bytearray is changed, and decodes faster than bytes
     box:tuple=None, # Left, upper, width, height (pixels); by default the whole picture
@@ -181,7 +189,7 @@ def decode(
     if orientation!=1:
         box = _stored_box(box, size, orientation)
         if orientation in _turned: shape = shape[::-1]
-    t = _resized(_pixels(b, head, box, shape, exact), shape)
+    t = resized(_pixels(b, head, box, shape, exact), shape)
     return t if orientation==1 else _turn(t, orientation)
 
 def _pixels(b, head, box, shape, exact):
@@ -189,7 +197,6 @@ def _pixels(b, head, box, shape, exact):
     try: return _decode_jpeg(b, head, box, shape, exact)
     except ValueError: return _decode_any(b, box) # A sampling of the colours that simplejpeg does not know
 
-def _resized(a, shape): return torch.from_numpy(a) if a.shape[:2]==tuple(shape) else resizer()(a, tuple(shape))
 
 def read_file(
     path
@@ -200,7 +207,7 @@ def read_file(
         if f.readinto(b)!=len(b): raise OSError(f'{path} became shorter while it was read')
     return b
 
-# %% ../nbs/11_decode.ipynb #fcf6883c
+# %% ../nbs/11_decode.ipynb #6a28c421
 _harmless = ('extraneous bytes','subsampling') # Stray bytes between segments; a sampling of the colours that simplejpeg does not know
 
 def check_image(

@@ -12,7 +12,9 @@ from .schedule import *
 from .rect import *
 from .models import *
 from .group import *
+from .loader import *
 from .distributed import *
+from .data import *
 from .resize import *
 from .batchsize import *
 from .warmup import *
@@ -56,17 +58,20 @@ def for_world(
 
 def phase_cbs(
     schedule:Schedule,
-    min_scale:bool=True # Does the data take a smallest crop?
+    min_scale:bool=True, # Does the data take a smallest crop?
+    data:bool=True # Can the data be exchanged for copies?
 )->list: # Callbacks
-    "The callbacks that carry out `schedule`, but for its column `data`"
+    "The callbacks that carry out `schedule`"
     cbs = [PhaseLR(schedule), DynamicBatchSize(schedule.changes('bs'), scale_lr=False), BNWeightDecayExclusion(),
            ProgressiveResize(schedule.changes('size'), schedule.changes('min_scale') if min_scale else None)]
-    return cbs + [RectValidation(schedule.changes('rect'))] if any(schedule.changes('rect').values()) else cbs
+    if any(schedule.changes('rect').values()): cbs.append(RectValidation(schedule.changes('rect')))
+    if data and any(schedule.changes('data').values()): cbs.append(PhaseData(schedule.changes('data')))
+    return cbs
 
 # %% ../nbs/30_fit.ipynb #86338b14
 def _check_cbs(cbs):
     "The callbacks that a schedule brings must not be there twice"
-    own = (PhaseLR,DynamicBatchSize,ProgressiveResize,RectValidation)
+    own = (PhaseLR,DynamicBatchSize,ProgressiveResize,RectValidation,PhaseData)
     twice = [type(c).__name__ for c in cbs if isinstance(c, own)]
     if twice: raise ValueError(f'{", ".join(twice)}: the schedule brings its own. Remove it, or say it in the schedule')
 
@@ -81,7 +86,7 @@ def fit_phases(self:Learner,
     resume=None, # Folder of checkpoints: go on from the newest one, and write new ones there
     **ddp # For `learn.ddp()`, which matters when a launcher started several processes: compress='fp16', ...
 )->Schedule: # The table that was carried out
-    "Train by `schedule`, but for its column `data`; for another number of processes it is converted by linear scaling"
+    "Train by `schedule`; its column `data` needs the loaders of `imagenet_dls`. For another number of processes it is converted by linear scaling"
     if not isinstance(schedule, Schedule):
         raise ValueError(f"`schedule` must be a `Schedule`, e.g. recipes['imagenette_5'], got {schedule!r}")
     given,schedule = schedule,for_world(schedule)
@@ -89,12 +94,14 @@ def fit_phases(self:Learner,
     _check_cbs(list(self.cbs)+list(L(cbs)))
     has_min_scale = any(hasattr(f, 'min_scale') for f in sizers(self.dls.train))
     if not has_min_scale and len(schedule.changes('min_scale'))>1: warn('No RandomResizedCrop in the DataLoaders: min_scale is ignored')
-    if any(schedule.changes('data').values()): warn(f'All phases train on `learn.dls`; the schedule names {schedule.changes("data")}')
+    takes_data = isinstance(dl_layers(self.dls.train)[-1], ImageDL)
+    if not takes_data and any(schedule.changes('data').values()):
+        warn(f'All phases train on `learn.dls`; the schedule names {schedule.changes("data")}, for which the loaders must come from `imagenet_dls`')
     cbs = L(cbs)
     if resume: cbs.append(Checkpoint(resume, resume=True))
     for c in cbs:
         if isinstance(c, Checkpoint): c.meta = {'schedule':given.to_json(), **c.meta}
     with self.ddp(**ddp):
         check_model(self, schedule)
-        self.fit(schedule.n_epoch, wd=wd, cbs=phase_cbs(schedule, has_min_scale)+list(cbs), reset_opt=reset_opt, start_epoch=start_epoch)
+        self.fit(schedule.n_epoch, wd=wd, cbs=phase_cbs(schedule, has_min_scale, takes_data)+list(cbs), reset_opt=reset_opt, start_epoch=start_epoch)
     return schedule

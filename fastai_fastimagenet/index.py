@@ -105,13 +105,13 @@ def _stamp(st):
     if not stat.S_ISREG(st.st_mode): raise OSError('this is no file')
     return st.st_size,st.st_mtime_ns
 
-def _walk(root, bad, folder=b''):
+def _walk(root, bad, folder=b'', only=None):
     "Yield [(name, size, time)] of the images in each folder; what cannot be read is added to `bad`"
     found,folders,top = [],[],os.path.join(os.fsencode(root), folder)
     try: entries = list(os.scandir(top))
     except OSError as e: return bad.append((folder, _reason(e)))
     for e in entries:
-        if e.name[:1]==b'.': continue
+        if e.name[:1]==b'.' or (only and os.fsdecode(e.name) not in only): continue
         try:
             if e.is_dir(): folders.append(e)
             elif e.name.rpartition(b'.')[2].lower() in _extensions: found.append((folder+e.name, *_stamp(e.stat())))
@@ -204,7 +204,8 @@ def _raw_index(root, table, whence):
 def index_folder(
     root, # Folder, '~' is the home folder
     check:bool=False, # Decode the files too? Finds truncated and corrupt ones
-    workers:int=None # Processes that read many files; by default one for each core, at most 8
+    workers:int=None, # Processes that read many files; by default one for each core, at most 8
+    only:list=None # Names of folders in `root`: leave out all others
 )->ImageIndex:
     "Index of the images below `root`, hidden ones excepted; only what is new or has changed is read"
     root = Path(root).expanduser().absolute()
@@ -212,7 +213,7 @@ def index_folder(
     file,table = _stored(root)
     if _is_raw(table): return _raw_index(root, table, file)
     bad = []
-    rows,unread,n = _update(root, table, _rows(_walk(root, bad)), check, workers)
+    rows,unread,n = _update(root, table, _rows(_walk(root, bad, only=only)), check, workers)
     if n or len(rows)!=len(table) or file is None: file,table = _keep(root, rows)
     return ImageIndex(root, table, file, sorted((root/os.fsdecode(name), why) for name,why in bad+unread))
 

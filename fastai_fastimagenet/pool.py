@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WorkerPool']
 
-# %% ../nbs/12_pool.ipynb #f1205d3b
-import math, signal, weakref
+# %% ../nbs/12_pool.ipynb #d9f0f139
+import atexit, math, signal, weakref
 from collections import deque
 import torch
 from torch.utils.data import DataLoader as TorchDataLoader, Dataset
@@ -25,7 +25,7 @@ class _Jobs(Dataset):
         run,*args = job
         return run, self.make(*args) if run>=self.current.item() else None
 
-# %% ../nbs/12_pool.ipynb #207b71d1
+# %% ../nbs/12_pool.ipynb #5674dc51
 def _one_thread(f, args):
     "`f(*args)` without PyTorch's threads, which are for large tensors"
     n = torch.get_num_threads()
@@ -43,14 +43,16 @@ class WorkerPool:
     ):
         self.make,self.workers,self.pin_memory,self.ahead = make,workers,pin_memory,ahead or max(2*workers, 6)
         self._reset()
+        _pools.add(self)
 
     def _reset(self):
-        self.results,self.n_runs,self.waiting,self.guess,self.then = None,0,deque(),None,None
+        self.results,self.n_runs,self.waiting,self.guess,self.kind,self.again = None,0,deque(),None,None,{}
         self.current = torch.ones(1, dtype=torch.int64).share_memory_() # Runs before this one are given up
 
     def run(self,
         jobs:list, # Tuples of arguments for `make`
-        then=None # Function that returns the jobs that will probably be run next; called when the last job is handed out
+        kind='', # What they are for, e.g. 'train'
+        again=None # Function that returns the jobs of the next run of this kind, or None; called early, when another run comes to its end
     ):
         "Results of `jobs`, in order; an error in a process is raised here, with its traceback"
         if self.workers==0:
@@ -61,7 +63,8 @@ class WorkerPool:
             self.waiting.clear()
             run = self._add(jobs)
             self.current[0] = run
-        self.guess,self.then = None,then
+        self.guess,self.kind = None,kind
+        self.again = {**{k: f for k,f in self.again.items() if k!=kind}, kind:again}
         try:
             if self.results is None: self.results = self._start()
             for _ in jobs: yield next(res for r,res in self.results if r==run)
@@ -79,11 +82,15 @@ class WorkerPool:
         return self.n_runs
 
     def _next_job(self):
-        then = None if self.waiting else self.then
-        if then:
-            self.then = None
-            if jobs := then(): self.guess = self._add(jobs),jobs
+        if not self.waiting and not self.guess and (again := self._expected()):
+            jobs = again()
+            if jobs: self.guess = self._add(jobs),jobs
         return self.waiting.popleft() if self.waiting else (0,)
+
+    def _expected(self):
+        "How to make the jobs that will probably be run next"
+        others = [f for k,f in self.again.items() if k!=self.kind]
+        return others[-1] if others else self.again.get(self.kind)
 
     def close(self):
         "End the processes; the next run starts new ones"
@@ -92,6 +99,12 @@ class WorkerPool:
     def __getstate__(self): return dict(make=self.make, workers=self.workers, pin_memory=self.pin_memory, ahead=self.ahead)
     def __setstate__(self, state): self.__init__(**state)
     def __deepcopy__(self, memo): return self # Copies of a loader share the processes
+
+_pools = weakref.WeakSet()
+
+@atexit.register # Before PyTorch and multiprocessing clean up, who would wait for processes that do not mind SIGTERM
+def _close_all():
+    for p in list(_pools): p.close()
 
 def _same(o): return o
 

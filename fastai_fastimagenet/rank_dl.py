@@ -9,6 +9,7 @@ __all__ = ['train_share', 'valid_share', 'RankDL', 'items_digest']
 import signal, zlib
 from torch.utils.data import get_worker_info
 from .group import *
+from .loader import *
 from fastai.basics import *
 from fastai.data.load import _FakeLoader
 
@@ -121,7 +122,7 @@ class RankDL(TfmdDL):
 
     def __iter__(self):
         n = 0
-        for n,b in enumerate(super().__iter__(), 1):
+        for n,b in enumerate(self._batches(), 1):
             yield b
             if n<self.n_left(): self.on_step(self.done+n*self.global_bs, False)
         if not n: self.at_first()
@@ -130,6 +131,14 @@ class RankDL(TfmdDL):
             raise RuntimeError(f'Rank {self.rank} made {n} batches of {self.n_left()}: items were skipped. Every process must take '
                                'the same number of steps; leave out bad items before training')
         self.on_step(self.n, True)
+
+    def _pooled(self): return isinstance(self.dl, ImageDL) and self.dl.made_by_pool()
+
+    def _batches(self):
+        if not self._pooled(): return super().__iter__()
+        self.before_iter()
+        again = partial(_next_epoch, self.rank, self.world, self.is_train, (self.seed+self.is_train)%2**32)
+        return map(self.after_batch, self.dl.raw_batches(self.get_idxs(), self.seed, again))
 
     def create_batches(self, samps):
         if not self.is_train: return self.dl.create_batches(samps)
@@ -144,7 +153,7 @@ class RankDL(TfmdDL):
     def after_batch(self, b):
         f,self.at_first = self.at_first,noop
         f()
-        if f is not noop and not self.fake_l.num_workers: np.random.set_bit_generator(np.random.get_bit_generator()) # Forgets as in `_own_random`
+        if f is not noop and not self.fake_l.num_workers and not self._pooled(): np.random.set_bit_generator(np.random.get_bit_generator()) # Forgets as in `_own_random`
         return self.dl.after_batch(b)
     def before_iter(self): self.dl.before_iter()
     def after_iter(self): self.dl.after_iter()
@@ -159,12 +168,18 @@ class RankDL(TfmdDL):
         "As fastai's, but what this process computed stays its own: gathered batch by batch, processes with fewer batches would be waited for"
         return to_detach(b, cpu, False)
 
+def _next_epoch(rank, world, train, seed, dl):
+    "Pictures and seed of the next epoch of a `RankDL`, for `ImageDL.raw_batches`"
+    nxt = RankDL(dl, rank, world, train, seed)
+    return nxt.get_idxs(),seed
+
 # %% ../nbs/17_rank_dl.ipynb #f5caa70f
 def items_digest(
     ds # Data set
 )->str: # 8 hexadecimal digits
     "Fingerprint of the items of `ds`: files with their folder, rows of a table, numbers and words; of others their number"
     items = getattr(ds, 'items', range(len(ds)))
+    if isinstance(items, Pictures): return items.digest()
     if hasattr(items, 'itertuples'): return digest(list(items.itertuples(name=None)))[:8]
     def name(o): return str(o).replace(os.sep, '/').rsplit('/', 2)[-2:] if isinstance(o, (str,Path)) else o if isinstance(o, (int,float)) else None
     return digest([name(o) for o in items])[:8]

@@ -37,6 +37,7 @@ class ProgressiveResize(FitCallback):
         if size: [self._resize(dl, size) for dl in self.dls.loaders[:None if self.resize_valid else 1]]
         scale = self.min_scales and at_epoch(self.min_scales, self.epoch)
         if scale: [self.change(f, 'min_scale', scale) for f in sizers(self.dls.train) if hasattr(f, 'min_scale')]
+        self.announce(size=at_epoch(self.sizes, self.epoch+1), min_scale=self.min_scales and at_epoch(self.min_scales, self.epoch+1))
 
     def _resize(self, dl, size):
         fs = sizers(dl)

@@ -20,6 +20,7 @@ from .schedule import *
 from .recipes import *
 from .rect import *
 from .models import *
+from .loader import *
 from .group import *
 from .distributed import *
 from .rectval import *
@@ -30,7 +31,6 @@ from .tensorboard import *
 from .checkpoint import *
 from .precision import *
 from .fit import *
-from .folder import *
 from .report import *
 
 # %% ../nbs/40_train.ipynb #b625c90f
@@ -84,7 +84,6 @@ def _say_start(dls, arch, sched, out):
         f,e = dls.skipped[0]
         say(f'{len(dls.skipped)} files left out because they cannot be decoded, listed in skipped.txt: {f} ({e}), ...')
         if not rank_distrib(): (out/'skipped.txt').write_text('\n'.join(f'{f}\t{e}' for f,e in dls.skipped))
-    if any(sched.changes('data').values()): say(f'All phases train on this folder; the table names copies: {sched.changes("data")}')
     say(sched)
 
 def _compare(learn, size):
@@ -120,6 +119,8 @@ def prepare(
     init_bn0:bool=False, # Start residual blocks as nothing? resnet_small does anyway
     seed:int=0, # Seed of weights, order and crops
     workers:int=None, # Loader processes for each training process
+    exif:bool=False, # Turn photos as their EXIF data say? ImageNet's models do not
+    strict:bool=False, # End if a file cannot be decoded? Else it is left out
     precision:str=None, # 'fp32', 'fp16' (GPU; default there) or 'bf16'
     compress:str=None, # 'fp16' or 'bf16': send gradients between processes in 16 bits
     out:str=None, # Folder for model, history, table and checkpoints; by default runs/DATA-TIME
@@ -144,7 +145,7 @@ def _restarted(out):
     if not out and int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)): raise ValueError('A run that `--max-restarts` may start again needs `--out`, to find its checkpoints')
     return any(gather(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))>0)) # Agents count their own
 
-def _prepare(data, schedule, epochs, arch, target_top1, target_top5, init_bn0, seed, workers, precision, compress, out, checkpoint_minutes, going_on):
+def _prepare(data, schedule, epochs, arch, target_top1, target_top5, init_bn0, seed, workers, exif, strict, precision, compress, out, checkpoint_minutes, going_on):
     stop = None if target_top1 is None and target_top5 is None else TimeToAccuracy(target_top1, target_top5)
     if data not in _default_schedule: image_folder(data)
     table = get_schedule(schedule or _default_schedule.get(data), epochs)
@@ -153,7 +154,7 @@ def _prepare(data, schedule, epochs, arch, target_top1, target_top5, init_bn0, s
     if arch: _check_arch(arch)
     precision,row = check_precision(precision),sched.at(0)
     settings = dict(data=str(data if data in _default_schedule else image_folder(data).resolve()), schedule=table.to_json(), epochs=None, arch=arch,
-                    target_top1=target_top1, target_top5=target_top5, init_bn0=init_bn0, seed=seed, workers=workers, precision=precision,
+                    target_top1=target_top1, target_top5=target_top5, init_bn0=init_bn0, seed=seed, workers=workers, exif=exif, strict=strict, precision=precision,
                     compress=compress, checkpoint_minutes=checkpoint_minutes)
     DDPTrainer(compress) # Says what is wrong with it
     out = Path(gather(out or f'runs/{Path(data).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}')[0])
@@ -161,7 +162,8 @@ def _prepare(data, schedule, epochs, arch, target_top1, target_top5, init_bn0, s
     if not going_on and (saved or (out/'history.csv').exists()): raise ValueError(f'{out} holds an earlier run. Go on with it by `--resume {out}`, or give another `--out`')
     check = Checkpoint(out/'checkpoints', checkpoint_minutes, resume=going_on and saved, meta=dict(schedule=settings['schedule']))
     set_seed(seed) # Before the loaders, which draw the seed of their order when they are made
-    dls = get_dls(rank0_first(_data_path, data), row.size, row.bs, row.min_scale, workers)
+    dls = imagenet_dls(rank0_first(_data_path, data), row.size, row.bs, row.min_scale, workers, exif=exif, strict=strict,
+                       dtype=dict(fp16=torch.float16, bf16=torch.bfloat16).get(precision, torch.float32))
     if target_top5 is not None and dls.c<=5: raise ValueError(f'With {dls.c} classes top-5 says nothing: use `--target-top1`')
     arch = arch or ('resnet_small' if data=='photos' else 'resnet50')
     model = get_model(arch, dls.c).to(memory_format=torch.channels_last)
@@ -182,7 +184,6 @@ def _prepare(data, schedule, epochs, arch, target_top1, target_top5, init_bn0, s
 def _run(learn, sched, stop, check, compress, arch, out):
     log = EpochLog(out/'history.csv')
     with learn.ddp(compress=compress), learn.no_logging(), nullcontext() if sys.stdout.isatty() else learn.no_bar(), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'All phases train') # Said at the start
         try: learn.fit_phases(sched, cbs=L(log, stop, check, TensorBoard(out/'tensorboard'), LiveView(), AutoMicroBatch(), FiniteLoss()).filter())
         finally:
             if not rank_distrib() and getattr(learn, 'train_iter', 0) and all(p.isfinite().all() for p in learn.model.parameters()): torch.save(dict(model=learn.model.state_dict(), arch=arch, classes=list(learn.dls.vocab)), out/'model.pth')
