@@ -98,7 +98,7 @@ def _stored(root):
         except (OSError,ValueError): pass
     return None,np.zeros(0, index_dtype(1))
 
-# %% ../nbs/13_index.ipynb #08172e5f
+# %% ../nbs/13_index.ipynb #43e2cfb0
 _extensions = {os.fsencode(o[1:].lower()) for o in image_extensions}
 
 def _stamp(st):
@@ -129,7 +129,7 @@ def _rows(parts):
     for c in ('name','size','mtime'): rows[c] = now[c]
     return rows[np.argsort(rows['name'], kind='stable')]
 
-# %% ../nbs/13_index.ipynb #65e72e2d
+# %% ../nbs/13_index.ipynb #db7cb6a0
 def _read(root, names, check):
     "Kind, width, height and orientation of each file; and the name and reason of each that cannot be read"
     heads,bad = [],[]
@@ -143,8 +143,7 @@ def _read(root, names, check):
 def _read_many(root, names, check, workers):
     n = 32 if check else 1024
     jobs = [(str(root), names[i:i+n], check) for i in range(0, len(names), n)]
-    if workers is None: workers = min(8, num_cpus())
-    parts = list(WorkerPool(_read, workers if len(jobs)>2 else 0).run(jobs))
+    parts = list(WorkerPool(_read, 0 if len(jobs)<3 else min(8, num_cpus()) if workers is None else workers).run(jobs))
     return np.concatenate([h for h,_ in parts]),[o for _,b in parts for o in b]
 
 def _find(old, names):
@@ -168,7 +167,7 @@ def _update(root, old, rows, check, workers=None):
     rows['checked'][new] = check
     return rows[rows['kind']>0],bad,len(new)-len(bad)
 
-# %% ../nbs/13_index.ipynb #76e16872
+# %% ../nbs/13_index.ipynb #a283c60e
 class ImageIndex:
     "The images below a folder"
     def __init__(self, root, table, file, bad):

@@ -153,6 +153,10 @@ def test_the_files_are_those_of_fastai(tmp_path):
     (tmp_path/'x/up').symlink_to('..')
     assert names(index_folder(tmp_path))==names(idx), 'a link back up is not followed for ever'
 
+def test_only_some_folders(tmp_path):
+    for n in ('train/a/x.jpg','val/a/x.jpg','other/x.jpg','x.jpg'): save(tmp_path/n)
+    assert names(index_folder(tmp_path, only=['train','val']))==['train/a/x.jpg','val/a/x.jpg']
+
 def test_empty_folder_and_no_folder(tmp_path):
     idx = index_folder(tmp_path)
     assert len(idx)==0 and not idx.bad and [len(o) for o in idx.sizes(exif=True)]==[0,0] and len(index_folder(tmp_path))==0
