@@ -42,7 +42,7 @@ def read_info(
     try: return ImageInfo(*_head(path, check)[1:], check)
     except Exception as e: return ImageInfo(0, 0, 1, check, _reason(e)) # Each format's plugin raises errors of its own kind
 
-# %% ../nbs/13_index.ipynb #bb52663c
+# %% ../nbs/13_index.ipynb #42765ed8
 _name = '.fastimagenet_index.npy'
 
 def index_dtype(
@@ -56,19 +56,21 @@ def open_index(
     file # As made by `save_index`
 )->np.ndarray: # One row per image, sorted by name, read-only
     "Map an index into memory; `ValueError` if `file` is something else"
-    try: table = np.lib.format.open_memmap(file, mode='r').view(np.ndarray)
-    except ValueError as e: raise ValueError(f'{file} is no index of images ({e}). Delete it: it is made again') from None
-    if table.dtype.names is None or table.dtype!=index_dtype(table.dtype[0].itemsize) or table.ndim!=1:
-        raise ValueError(f'{file} has other columns than an index of this version. Delete it: it is made again')
-    return table
+    with open(file, 'rb') as f:
+        try:
+            np.lib.format.read_magic(f)
+            shape,_,dtype = np.lib.format.read_array_header_1_0(f)
+            if dtype.names is None or dtype!=index_dtype(dtype[0].itemsize): raise ValueError('it has other columns')
+            return np.memmap(f, dtype, 'r', f.tell(), shape).view(np.ndarray)
+        except ValueError as e: raise ValueError(f'{file} is no index of this version: {e}. Delete it, it is made again') from None
 
-# %% ../nbs/13_index.ipynb #d2ed0312
+# %% ../nbs/13_index.ipynb #e742fa2f
 def _places(root):
     "Where the index of `root` may lie, the best place first"
     home = Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'))
     name = f'{hashlib.sha1(os.fsencode(home)+os.fsencode(root)).hexdigest()[:16]}.npy'
-    own = [root/_name] if root!=Path(root.anchor) else []
-    return own+[home/'fastai_fastimagenet'/name, Path(tempfile.gettempdir())/f'fastai_fastimagenet-{name}']
+    elsewhere = [home/'fastai_fastimagenet'/name, Path(tempfile.gettempdir())/f'fastai_fastimagenet-{name}']
+    return elsewhere if root==Path(root.anchor) else [root/_name, *elsewhere]
 
 def _write(file, rows):
     if file.name!=_name: file.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +168,7 @@ def _update(root, old, rows, check, workers=None):
     rows['checked'][new] = check
     return rows[rows['kind']>0],bad,len(new)-len(bad)
 
-# %% ../nbs/13_index.ipynb #5e848544
+# %% ../nbs/13_index.ipynb #76e16872
 class ImageIndex:
     "The images below a folder"
     def __init__(self, root, table, file, bad):
@@ -185,19 +187,19 @@ class ImageIndex:
         exif:bool=False # Of the upright pictures?
     )->tuple: # Widths, heights (pixels)
         "Size of each picture"
-        w,h = (self.table[c].astype(np.int64) for c in ('width','height'))
-        turn = exif & (self.table['orientation']>=5)
-        return np.where(turn, h, w),np.where(turn, w, h)
+        w,h,turn = self.table['width'],self.table['height'],self.table['orientation']>=5
+        if exif: w,h = np.where(turn, h, w),np.where(turn, w, h)
+        return w.astype(np.int64),h.astype(np.int64)
 
 def _is_raw(table): return len(table)>0 and table['kind'][0]==RAW
 
-def _check_raw(root, table):
-    "`ValueError` if the pixel files of `table` are not there, or too short"
+def _raw_index(root, table, whence):
     ends = table['offset']+table['width'].astype(np.uint64)*table['height']*3
     for k in np.unique(table['file']):
         file,end = root/f'pixels-{k:03}.raw',ends[table['file']==k].max()
         if not file.is_file() or file.stat().st_size<end:
-            raise ValueError(f'{file} is missing or shorter than the {end} bytes that the index of {root} needs: make these copies again')
+            raise ValueError(f'{file} is missing or shorter than the {end} bytes that {whence} needs: make the copies again, or delete it')
+    return ImageIndex(root, table, whence, [])
 
 def index_folder(
     root, # Folder, '~' is the home folder
@@ -208,9 +210,7 @@ def index_folder(
     root = Path(root).expanduser().absolute()
     if not root.is_dir(): raise ValueError(f'{root} is no folder: give one that holds images, at any depth')
     file,table = _stored(root)
-    if _is_raw(table):
-        _check_raw(root, table)
-        return ImageIndex(root, table, file, [])
+    if _is_raw(table): return _raw_index(root, table, file)
     bad = []
     rows,unread,n = _update(root, table, _rows(_walk(root, bad)), check, workers)
     if n or len(rows)!=len(table) or file is None: file,table = _keep(root, rows)
