@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['copy_size', 'decode_strictly', 'resize_copy', 'journal_line', 'write_file', 'CopySet']
 
-# %% ../nbs/14_copies.ipynb #4369d816
+# %% ../nbs/14_copies.ipynb #cdb7293f
 import csv, io, json, os, warnings
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ from .decode import _harmless, _rgb
 with warnings.catch_warnings():
     warnings.simplefilter('ignore') # PyTorch's own, at import of fastai
     from fastai_fastimagenet.index import *
+    from fastai_fastimagenet.index import _name as _index
 
 # %% ../nbs/14_copies.ipynb #9769c744
 def copy_size(
@@ -100,7 +101,7 @@ def write_file(
         if mtime is not None: os.utime(f.fileno(), ns=(mtime,mtime))
     os.replace(tmp, file)
 
-# %% ../nbs/14_copies.ipynb #d9959711
+# %% ../nbs/14_copies.ipynb #65173e22
 _largest = 2**34 # Bytes of a pixel file
 _same = ('size','mtime','width','height','file','offset')
 
@@ -143,10 +144,12 @@ class CopySet:
         "Pixel file number `n`"
         return self.folder/f'pixels-{n:03}.raw'
 
-    def pixel_files(self)->dict:
-        "Each pixel file and its size"
-        ends = self.rows['offset']+self.pixel_bytes()
-        return {self.pixel_file(n): int(ends[self.rows['file']==n].max()) for n in np.unique(self.rows['file'])}
+    def pixel_files(self,
+        which=slice(None) # Rows that count
+    )->dict:
+        "Each pixel file and the size that it must have"
+        ends,files = (self.rows['offset']+self.pixel_bytes())[which],self.rows['file'][which]
+        return {self.pixel_file(n): int(ends[files==n].max()) for n in np.unique(files)}
 
     def read_journal(self, file, at:dict):
         "Take over what the journal says"
@@ -165,7 +168,7 @@ class CopySet:
         "Which copies are still to be made?"
         made = self.rows['sha1']!=b''
         todo = ~made&(self.rows['error']=='')
-        lost = [f for f,n in self.pixel_files().items() if not f.exists() or f.stat().st_size<n] if self.raw else []
+        lost = [f for f,n in self.pixel_files(made).items() if not f.exists() or f.stat().st_size<n] if self.raw else []
         for i in np.flatnonzero(made): todo[i] = self.pixel_file(self.rows['file'][i]) in lost if self.raw else not self._is_there(i)
         return todo
 
@@ -177,7 +180,7 @@ class CopySet:
     def prepare(self, todo:np.ndarray):
         "Make room for the copies of pictures `todo`; there is no index until all is done"
         self.folder.mkdir(exist_ok=True)
-        (self.folder/'.fastimagenet_index.npy').unlink(missing_ok=True)
+        (self.folder/_index).unlink(missing_ok=True)
         if not self.raw:
             for d in {os.path.dirname(self.names[i]) for i in todo}: (self.folder/d).mkdir(parents=True, exist_ok=True)
         else:
@@ -190,15 +193,16 @@ class CopySet:
         tmp:Path # For the manifest while it is written
     ):
         "Remove what has no source any more, write index and manifest if they change"
-        rows,cols = self.rows,[*_cols, *(_place if self.raw else ())]
+        rows = self.rows
         read = np.array([n not in bad for n in self.names])
         good = read&(rows['sha1']!=b'')
         if not self.raw:
             for n in (self.gone|bad.keys()|{self.names[i] for i in np.flatnonzero(~good)}): self._remove(n)
-        lines = chain(((self.names[i],*rows[cols][i].item()) for i in np.flatnonzero(read)), ((n,0,0,0,0,0,'',e,*[0]*(2*self.raw)) for n,e in bad.items()))
+        table = rows[[*_cols, *(_place if self.raw else ())]]
+        lines = chain(((self.names[i],*table[i].item()) for i in np.flatnonzero(read)), ((n,0,0,0,0,0,'',e,*[0]*(2*self.raw)) for n,e in bad.items()))
         text,file = _manifest(lines, self.raw),self.folder/'manifest.csv'
-        if file.exists() and file.read_bytes()==text and (self.folder/'.fastimagenet_index.npy').exists(): return
-        save_index(self.folder, self._index(good))
+        if file.exists() and file.read_bytes()==text and (self.folder/_index).exists(): return
+        save_index(self.folder, self._table(good))
         write_file(file, text, tmp)
 
     def _remove(self, name):
@@ -207,7 +211,7 @@ class CopySet:
             try: (self.folder/d).rmdir()
             except OSError: break
 
-    def _index(self, good):
+    def _table(self, good):
         names = [os.fsencode(self.names[i]) for i in np.flatnonzero(good)]
         table = np.zeros(len(names), index_dtype(max(map(len, names), default=1)))
         table['name'],table['kind'],table['orientation'],table['checked'] = names,RAW if self.raw else JPEG,1,True

@@ -129,7 +129,7 @@ def _lock(f):
     except BlockingIOError: return False
     return True
 
-# %% ../nbs/15_presize.ipynb #7a0754cc
+# %% ../nbs/15_presize.ipynb #7ccceba7
 class _Progress:
     "One line, rewritten on a terminal, else a new one every ten seconds"
     def __init__(self, done, total, failed): self.done,self.total,self.failed,self.n,self.began,self.said = done,total,failed,0,time.time(),time.time()
@@ -139,10 +139,10 @@ class _Progress:
         if now-self.said<every: return
         self.said,rate,done = now,self.n/(now-self.began),self.done+self.n
         left = time.strftime('%H:%M:%S', time.gmtime((self.total-done)/rate))
-        line = f'{done}/{self.total} {100*done//self.total} %, {rate:.0f} pictures/s, {left} left, {self.failed} failures'
+        line = f'{done}/{self.total} {100*done//self.total} %, {rate:.0f} pictures/s, {left} left, failures: {self.failed}'
         print(f'\r{line}\033[K' if sys.stdout.isatty() else line, end='' if sys.stdout.isatty() else '\n', flush=True)
 
-# %% ../nbs/15_presize.ipynb #ef6df3df
+# %% ../nbs/15_presize.ipynb #edfd08f0
 def _checked(src, dst, short, format, workers, quality):
     "Folders and sizes, if they make sense"
     src = Path(src).expanduser().resolve()
@@ -208,11 +208,11 @@ def _presize(src, dst, sizes, settings, workers, strict):
     (state/'journal').unlink(missing_ok=True)
     mb = sum(int(o.rows['bytes'].sum()) for o in sets)/1e6
     print(f'{len(index)+len(index.bad)} pictures, {len(copier.todo)} of them copied now; {mb:,.1f} MB in {", ".join(str(o.folder) for o in sets)}; '
-          f'{time.time()-began:.1f} s; {len(failed)} failures'+(', listed in manifest.csv' if failed else ''))
+          f'{time.time()-began:.1f} s; failures: {len(failed)}{", see manifest.csv" if failed else ""}')
     return sorted((src/n, e) for n,e in failed.items())
 
 def _stop(src, failed):
-    for n,e in sorted(failed.items()): raise ValueError(f'{src/n} is damaged ({e}). Mend or remove it; without `--strict` it is left out')
+    for n,e in sorted(failed.items()): raise ValueError(f'{src/n} cannot be used ({e}). Mend or remove it; without `--strict` it is left out')
 
 def _copy(copier, workers, failed, strict):
     "Make all copies; returns reasons by name, for damaged files and for those that could not be read"

@@ -45,7 +45,7 @@ def small(src, tmp_path):
 def test_killed_runs_go_on(src, tmp_path, format):
     args = ['--short', '48,96', '--format', format, '--workers', 2]
     r = run(*command, src, tmp_path/'a', *args)
-    assert '243 pictures, 241 of them copied now' in r.stdout and '3 failures' in r.stdout
+    assert '243 pictures, 241 of them copied now' in r.stdout and 'failures: 3, see' in r.stdout
     killed = run(sys.executable, here/'presize_kills.py', 7, src, tmp_path/'b', *map(str, args)).stdout
     counts = [int(o) for o in killed.split() if o.isdigit()]
     assert len(counts)==10 and counts==sorted(counts) and 0<counts[5]<counts[-1]<241
@@ -153,13 +153,13 @@ def test_strict(small, tmp_path):
     f = small/'train/c1/4.JPEG'
     f.write_bytes(damaged(f.read_bytes()))
     for workers in (0,2):
-        with pytest.raises(ValueError, match='4.JPEG is damaged'): presize(small, tmp_path/f'{workers}', 32, workers=workers, strict=True)
+        with pytest.raises(ValueError, match='4.JPEG cannot be used'): presize(small, tmp_path/f'{workers}', 32, workers=workers, strict=True)
     [(name,why)] = presize(small, tmp_path/'0', 32, workers=0)
     assert name==f and why and manifest(tmp_path/'0/32').error.loc['train/c1/4.JPEG']==why
-    with pytest.raises(ValueError, match='4.JPEG is damaged'): presize(small, tmp_path/'0', 32, workers=0, strict=True)
+    with pytest.raises(ValueError, match='4.JPEG cannot be used'): presize(small, tmp_path/'0', 32, workers=0, strict=True)
 
 @pytest.mark.parametrize('format', ('jpeg','raw'))
-def test_sources_change(small, tmp_path, format):
+def test_sources_change(small, tmp_path, capsys, format):
     out = tmp_path/'out'
     presize(small, out, (24,32), format, workers=0)
     before = times(out/'32') if format=='jpeg' else None
@@ -173,6 +173,7 @@ def test_sources_change(small, tmp_path, format):
     g.write_bytes(b'nothing')
     failures = presize(small, out, (24,32), format, workers=0)
     assert [p for p,_ in failures]==[g,f]
+    assert capsys.readouterr().out.splitlines()[-1].startswith('20 pictures, 3 of them copied now')
     def check(n_bad):
         for s in (24,32):
             m,names = manifest(out/f'{s}'),{str(p.relative_to(small)) for p in small.rglob('*.JPEG')}
@@ -310,7 +311,7 @@ def test_command_line(small, tmp_path):
     assert r.stderr.startswith('fastimagenet-presize: ') and 'Traceback' not in r.stderr and len(r.stderr.splitlines())==1 and r.returncode==1
     (small/'train/c0/bad.JPEG').write_bytes(b'x')
     r = run(*command, small, '--short', '32', '--workers', '1', '--exif', '--quality', '80')
-    assert '21 pictures, 20 of them copied now' in r.stdout and '1 failures, listed in manifest.csv' in r.stdout and r.stderr==''
+    assert '21 pictures, 20 of them copied now' in r.stdout and 'failures: 1, see manifest.csv' in r.stdout and r.stderr==''
     assert len(index_folder(small.with_name('small-sz')/'32'))==20
 
 def test_interrupted(src, tmp_path):
