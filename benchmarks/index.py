@@ -66,7 +66,7 @@ if __name__=='__main__':
     p.add_argument('--images', type=int, default=4000)
     p.add_argument('--rounds', type=int, default=9)
     args = p.parse_args()
-    with tempfile.TemporaryDirectory() as folder: large(Path(folder)) # First: free memory that workers inherit would count as theirs
+    with tempfile.TemporaryDirectory() as folder: large(Path(folder))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         size = write_files(folder, args.images)
