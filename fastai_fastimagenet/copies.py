@@ -53,7 +53,7 @@ def resize_copy(
     if a.shape[:2]==shape: return torch.from_numpy(a)
     return F.interpolate(torch.from_numpy(a).permute(2,0,1)[None], size=shape, mode='bicubic', antialias=True)[0].permute(1,2,0)
 
-# %% ../nbs/14_copies.ipynb #75443ccd
+# %% ../nbs/14_copies.ipynb #41efd028
 _row = np.dtype([('size','u8'), ('mtime','i8'), ('width','u4'), ('height','u4'), ('bytes','u8'), ('sha1','S40'), ('error','O'), ('file','u2'), ('offset','u8')])
 _cols,_place = _row.names[:-2],_row.names[-2:]
 _titles = dict(size='source_size', mtime='source_mtime')
@@ -62,7 +62,9 @@ def _read_manifest(file):
     "Rows of a manifest, as dictionaries"
     if not file.exists(): return
     with open(file, newline='', encoding='utf-8', errors='surrogateescape') as f:
-        for name,*r in list(csv.reader(f))[1:]: yield dict(zip(('name',*_row.names), (name,*r)))
+        lines = csv.reader(f)
+        next(lines, None)
+        for name,*r in lines: yield dict(zip(('name',*_row.names), (name,*r)))
 
 def _read_journal(file, short):
     "Rows of the journal for copies with short side `short`; a line that was torn is left out"
@@ -101,7 +103,7 @@ def write_file(
         if mtime is not None: os.utime(f.fileno(), ns=(mtime,mtime))
     os.replace(tmp, file)
 
-# %% ../nbs/14_copies.ipynb #65173e22
+# %% ../nbs/14_copies.ipynb #7292e71c
 _largest = 2**34 # Bytes of a pixel file
 _same = ('size','mtime','width','height','file','offset')
 
@@ -157,11 +159,11 @@ class CopySet:
 
     def fill(self, at:dict, found)->set:
         "Take over rows that are `found`, if they are about the pictures as they are; returns the other names"
-        gone,rows = set(),self.rows
+        gone,rows,now = set(),self.rows,self.rows[list(_same)]
         for r in found:
             i = at.get(r['name'])
             if i is None: gone.add(r['name'])
-            elif all(int(r.get(k, 0))==rows[k][i] for k in _same): rows['bytes'][i],rows['sha1'][i],rows['error'][i] = int(r['bytes']),r['sha1'],r['error']
+            elif tuple(int(r.get(k, 0)) for k in _same)==now[i].item(): rows['bytes'][i],rows['sha1'][i],rows['error'][i] = int(r['bytes']),r['sha1'],r['error']
         return gone
 
     def missing(self)->np.ndarray: # Bools
