@@ -90,17 +90,10 @@ class ours:
     def __init__(self, *args, **kwargs): self.dl = ours_float(*args, **kwargs)
     def __iter__(self): return self.dl.raw_batches()
 
-def cut(data, height):
-    "The file `data` with `height` as its height, where that is allowed (baseline files)"
-    data,i = bytearray(data),2
-    while data[i+1] not in (0xC0,0xC1,0xC2): i += 2+int.from_bytes(data[i+2:i+4], 'big')
-    if data[i+1]!=0xC2: data[i+5:i+7] = height.to_bytes(2, 'big')
-    return bytes(data)
-
 class limit:
     def __init__(self, path, size, train, raw=False):
         self.size,self.raw = size,raw
-        self.todo = [self.prepare(f.read_bytes(), train) for f in get_image_files(path/split(train))]
+        self.todo = [self.prepare(jpegs.rgb_bytes(f), train) for f in get_image_files(path/split(train))]
         self.out = torch.empty(args.bs, 3, size, size, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
 
     def prepare(self, data, train):
@@ -113,7 +106,7 @@ class limit:
         m = 8 if self.raw else next((o for o in (1,2,4) if min(ch,cw)*o>=8*self.size), 8)
         box = slice(i*m//8, (i+ch)*m//8),slice(j*m//8, (j+cw)*m//8)
         if self.raw: return simplejpeg.decode_jpeg(data), 0, 0, box
-        data = cut(data, i+ch)
+        data = jpegs.cut(data, i+ch)
         h,w,*_ = simplejpeg.decode_jpeg_header(data)
         return data, math.ceil(h*m/8), math.ceil(w*m/8), box
 
@@ -271,6 +264,7 @@ def arguments():
     return args
 
 def main():
+    sys.stdout.reconfigure(line_buffering=True)
     default_device(False)
     torch.set_num_threads(1)
     jpegs.cache.mkdir(parents=True, exist_ok=True)
