@@ -282,9 +282,9 @@ def main():
             rates |= (new := one_core(root, work, size))
             show([row(new, key) for key in new])
         if rates: show_peers(rates)
-    if args.json:
-        res |= dict(rows=[row(rates, key) for key in rates], rates=[(*k,v) for k,v in (rates|workers).items()])
-        args.json.write_text(json.dumps(res, indent=1))
+        if args.json:
+            res |= dict(rows=[row(rates, key) for key in rates], rates=[(*k,v) for k,v in (rates|workers).items()])
+            args.json.write_text(json.dumps(res, indent=1))
 
 if __name__=='__main__':
     args = arguments()
