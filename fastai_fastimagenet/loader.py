@@ -53,7 +53,7 @@ class Pictures:
 
     def digest(self)->str: return digest([self.index.table['name'][self.rows].tobytes(), self.labels.tobytes()])[:8]
 
-# %% ../nbs/16_loader.ipynb #a277aa51
+# %% ../nbs/16_loader.ipynb #b8bee72b
 class ImageDL(TfmdDL):
     "A `TfmdDL` of pictures and classes whose item transforms are carried out for a whole batch at once, by a pool of processes"
     def __init__(self,
@@ -104,18 +104,19 @@ class ImageDL(TfmdDL):
         for x,y in batches: yield to_device((TensorImage(x),TensorCategory(y)), self.device)
 
     def __iter__(self):
-        if not self.made_by_pool():
+        idxs,seed = _epoch(self) if self.made_by_pool() else (None,None)
+        if not hasattr(idxs, '__len__'): # E.g. `show_batch(unique=True)` asks for one picture without end
             yield from super().__iter__()
             return
         self.before_iter()
-        for b in self.raw_batches(): yield self.after_batch(b)
+        for b in self.raw_batches(idxs, seed): yield self.after_batch(b)
         self.after_iter()
 
 def _epoch(dl):
     "Pictures and seed of a new epoch of `dl`"
     dl.randomize()
     idxs = dl.get_idxs()
-    return idxs[:len(idxs)//dl.bs*dl.bs] if dl.drop_last else idxs, dl.rng.getrandbits(64)
+    return idxs[:len(idxs)//dl.bs*dl.bs] if dl.drop_last and hasattr(idxs, '__len__') else idxs, dl.rng.getrandbits(64)
 
 def _jobs_of_next(ref, epoch):
     "The jobs of the next epoch of a loader, if it is still there"

@@ -26,7 +26,7 @@ class _Jobs(Dataset):
         run,*args = job
         return run, self.make(*args) if run>=self.current.item() else None
 
-# %% ../nbs/12_pool.ipynb #ad69ae81
+# %% ../nbs/12_pool.ipynb #f79477fb
 def _one_thread(f, args):
     "`f(*args)` without PyTorch's threads, which are for large tensors"
     n = torch.get_num_threads()
@@ -81,7 +81,8 @@ class WorkerPool:
 
     def _start(self):
         return iter(TorchDataLoader(_Jobs(self.make, self.current), batch_size=None, sampler=_Feed(self), num_workers=self.workers, collate_fn=_same,
-            pin_memory=self.pin_memory, prefetch_factor=math.ceil(self.ahead/self.workers), worker_init_fn=_worker_init))
+            pin_memory=self.pin_memory, prefetch_factor=math.ceil(self.ahead/self.workers), worker_init_fn=_worker_init,
+            generator=torch.Generator())) # Else it draws from the one that initializes models
 
     def _add(self, jobs):
         self.n_runs += 1
