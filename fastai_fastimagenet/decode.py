@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JPEG', 'PROGRESSIVE', 'OTHER', 'RAW', 'Header', 'jpeg_header', 'read_header', 'dct_scale', 'snap', 'resizer',
-           'resized', 'upright', 'decode', 'read_file', 'check_image']
+           'resized', 'upright', 'turn', 'decode', 'read_file', 'decode_strictly']
 
 # %% ../nbs/11_decode.ipynb #c8b527dc
 import io, math, os, time
@@ -99,12 +99,15 @@ def _lower_height(b, bottom):
     b[i+5],b[i+6] = rows>>8,rows&255
     return rows
 
+def _at_least(scale, width, height):
+    "Arguments that make simplejpeg choose `scale` eighths"
+    return dict(min_height=-(-height*scale//8), min_width=-(-width*scale//8)) if scale<8 else {}
+
 def _decode_jpeg(b, head, box, shape, exact):
     "The pixels of `box` at the smallest scale that covers `shape`, (H,W,3) uint8"
     scale = dct_scale(box, shape)
     height = _lower_height(b, box[1]+box[3]) if isinstance(b, bytearray) else head.height
-    small = dict(min_height=-(-height*scale//8), min_width=-(-head.width*scale//8)) if scale<8 else {}
-    a = simplejpeg.decode_jpeg(b, 'RGB', strict=False, fastdct=not exact, fastupsample=not exact, **small)
+    a = simplejpeg.decode_jpeg(b, 'RGB', strict=False, fastdct=not exact, fastupsample=not exact, **_at_least(scale, head.width, height))
     x0,y0,x1,y1 = snap(box, scale)
     return a[y0:y1, x0:x1]
 
@@ -165,7 +168,11 @@ def _stored_box(box, size, orientation):
     if orientation in _flipped: y = size[1]-y-h
     return (y,x,h,w) if orientation in _turned else (x,y,w,h)
 
-def _turn(t, orientation):
+def turn(
+    t:torch.Tensor, # (H,W,3), as stored
+    orientation:int # EXIF, 1 to 8
+)->torch.Tensor:
+    "The picture upright"
     if orientation in _turned: t = t.transpose(0, 1)
     return t.flip([d for d,os in ((1,_mirrored),(0,_flipped)) if orientation in os])
 
@@ -190,7 +197,7 @@ def decode(
         box = _stored_box(box, size, orientation)
         if orientation in _turned: shape = shape[::-1]
     t = resized(_pixels(b, head, box, shape, exact), shape)
-    return t if orientation==1 else _turn(t, orientation)
+    return t if orientation==1 else turn(t, orientation)
 
 def _pixels(b, head, box, shape, exact):
     if head.kind==OTHER: return _decode_any(b, box)
@@ -210,13 +217,15 @@ def read_file(
 # %% ../nbs/11_decode.ipynb #6a28c421
 _harmless = ('extraneous bytes','subsampling') # Stray bytes between segments; a sampling of the colours that simplejpeg does not know
 
-def check_image(
-    b # Image file
-):
-    "Decode all of an image file; errors of simplejpeg and Pillow if it is damaged"
+def decode_strictly(
+    b, # Image file
+    shape:tuple=(1,1) # Height, width that the result has at least, if the picture has (pixels)
+)->np.ndarray: # (H,W,3) uint8
+    "The whole picture, at the smallest scale that covers `shape`; errors of simplejpeg and Pillow if it is damaged"
     head = jpeg_header(b)
     if head and head.kind!=OTHER:
-        try: return simplejpeg.decode_jpeg(b, min_height=1, min_width=1, strict=True)
+        scale = dct_scale((0,0,head.width,head.height), shape)
+        try: return simplejpeg.decode_jpeg(b, 'RGB', strict=True, **_at_least(scale, head.width, head.height))
         except ValueError as e:
             if not any(o in str(e) for o in _harmless): raise
-    with Image.open(io.BytesIO(b)) as im: im.load()
+    with Image.open(io.BytesIO(b)) as im: return _rgb(im)

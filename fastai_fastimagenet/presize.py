@@ -15,10 +15,9 @@ from fastcore.foundation import num_cpus
 from fastcore.script import call_parse
 from torch.utils.data import get_worker_info
 from .decode import *
-from .decode import _turn
 from .pool import *
 from .copies import *
-from .index import * # After `copies`, which imports fastai without its warnings
+from .index import *
 
 # %% ../nbs/15_presize.ipynb #24ebbc14
 class Copier:
@@ -75,7 +74,7 @@ class Copier:
 
     def _encode(self, a, i, shape):
         t = resize_copy(a, shape)
-        a = np.ascontiguousarray((_turn(t, self.orientation[i]) if self.exif else t).numpy())
+        a = np.ascontiguousarray((turn(t, self.orientation[i]) if self.exif else t).numpy())
         return a.tobytes() if self.raw else simplejpeg.encode_jpeg(a, self.quality, 'RGB', '420')
 
     def _save(self, i, copies, error, journal):
@@ -187,7 +186,7 @@ def presize(
 
 def _presize(src, dst, sizes, settings, workers, strict):
     began,state = time.time(),dst/'.presize'
-    for f in [*state.glob('tmp-*'), *(f for s in sizes for f in (dst/str(s)).glob('.fastimagenet_index.npy.*'))]: f.unlink()
+    for f in [*state.glob('tmp-*'), *(f for s in sizes for f in (dst/str(s)).glob(f'{index_name}.*'))]: f.unlink()
     index = index_folder(src, workers=workers)
     if len(index)==0 or index.table['kind'][0]==RAW: raise ValueError(f'{src} holds no pictures that can be read')
     at = {os.fsdecode(n): i for i,n in enumerate(index.table['name'].tolist())}

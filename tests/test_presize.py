@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from fastai_fastimagenet import copies, presize as module
-from fastai_fastimagenet.decode import JPEG, RAW, read_header, check_image
+from fastai_fastimagenet.decode import JPEG, RAW, read_header, decode_strictly
 from fastai_fastimagenet.index import index_folder
 from fastai_fastimagenet.photos import render
 from fastai_fastimagenet.presize import presize
