@@ -8,6 +8,7 @@ __all__ = ['PhaseData']
 # %% ../nbs/20_data.ipynb #715af0aa
 from .core import *
 from .group import *
+from .image_dl import *
 from .loader import *
 from fastai.basics import *
 from fastai.callback.core import *

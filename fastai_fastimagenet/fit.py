@@ -12,7 +12,7 @@ from .schedule import *
 from .rect import *
 from .models import *
 from .group import *
-from .loader import *
+from .image_dl import *
 from .distributed import *
 from .data import *
 from .resize import *

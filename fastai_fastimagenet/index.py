@@ -28,10 +28,8 @@ class ImageInfo:
 
 def _head(path, check):
     if not check: return read_header(path)
-    b = read_file(path)
-    head = jpeg_header(b) or read_header(path)
-    decode_strictly(b)
-    return head
+    decode_strictly(b := read_file(path))
+    return jpeg_header(b) or read_header(path)
 
 def _reason(e): return f'{type(e).__name__}: {getattr(e, "strerror", None) or e}'.splitlines()[0][:300]
 

@@ -9,7 +9,7 @@ __all__ = ['train_share', 'valid_share', 'RankDL', 'items_digest']
 import signal, zlib
 from torch.utils.data import get_worker_info
 from .group import *
-from .loader import *
+from .image_dl import *
 from fastai.basics import *
 from fastai.data.load import _FakeLoader
 

@@ -10,7 +10,7 @@ from .core import *
 from .sizing import *
 from .index import *
 from .rect import *
-from .loader import *
+from .image_dl import *
 from dataclasses import replace
 from fastai.basics import *
 from fastai.callback.core import *

@@ -12,7 +12,7 @@ from fastai.vision.all import (ClassificationInterpretation, ImageDataLoaders, I
 from fastai_fastimagenet.all import DynamicBatchSize, Phase, PhaseData, ProgressiveResize, RectValidation, Schedule, imagenet_dls, resnet_small
 from fastai_fastimagenet.batch import CentreView, RandomView, make_batch, uniforms
 from fastai_fastimagenet.core import FitCallback
-from fastai_fastimagenet.loader import Pictures
+from fastai_fastimagenet.image_dl import Pictures
 from fastai_fastimagenet.pool import WorkerPool
 from fastai_fastimagenet.rank_dl import RankDL
 
@@ -270,3 +270,17 @@ def test_one_list_of_a_million_is_small(tmp_path):
     index = SimpleNamespace(root=tmp_path, file=file, path=lambda i: Path(f'/{i}'))
     p = Pictures(index, np.arange(n), np.zeros(n, np.int64))
     assert len(pickle.dumps((p.rows, p.labels)))<17*n and p[5]==Path('/5') and len(p)==n and p[2:4]==[Path('/2'),Path('/3')]
+
+@pytest.mark.parametrize('format', ('jpeg','raw'))
+def test_copies_of_presize_are_loaded(small_photos, tmp_path, format):
+    "Pictures of copies are those of the originals, in less detail; raw ones are the pixels that JPEG copies would have"
+    from fastai_fastimagenet.presize import presize
+    presize(small_photos, tmp_path/'c', short=(48,), format=format, workers=0, quality=95)
+    dls,small = (imagenet_dls(p, 32, 20, workers=0) for p in (small_photos, tmp_path/'c/48'))
+    assert list(small.vocab)==list(dls.vocab) and small.skipped==[] and len(small.train_ds)==400 and len(small.valid_ds)==100
+    for (x,y),(u,v) in zip(dls.valid.raw_batches(), small.valid.raw_batches()):
+        assert torch.equal(y, v) and (x.float()-u.float()).abs().mean()<9
+    x,y = next(small.train.raw_batches())
+    assert x.shape==(20,3,32,32) and x.float().std()>20
+    if format=='jpeg': small.show_batch(max_n=1)
+    plt.close('all')
