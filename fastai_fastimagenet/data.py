@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PhaseData']
 
-# %% ../nbs/20_data.ipynb #715af0aa
+# %% ../nbs/20_data.ipynb #aa9aa9e0
 from .core import *
 from .group import *
 from .image_dl import *
