@@ -91,7 +91,7 @@ def _table(source):
     return open_index(source.file)
 
 @lru_cache(256)
-def _pixel_file(root, k): return np.memmap(f'{root}/{pixel_file(k)}', np.uint8, 'c') # PyTorch warns of memory that cannot be written
+def _pixel_file(root, k): return np.memmap(f'{root}/{pixel_file(k)}', np.uint8, 'c').view(np.ndarray) # PyTorch warns of memory that cannot be written
 
 def make_batch(
     source:ImageSource,

@@ -32,7 +32,7 @@ def resize_copy(
 )->torch.Tensor: # (H,W,3) uint8
     "`a` with another size, bicubic and antialiased"
     if a.shape[:2]==shape: return torch.from_numpy(a)
-    return F.interpolate(torch.from_numpy(a).permute(2,0,1)[None], size=shape, mode='bicubic', antialias=True)[0].permute(1,2,0)
+    return F.interpolate(torch.from_numpy(a)[None].permute(0,3,1,2), size=shape, mode='bicubic', antialias=True)[0].permute(1,2,0)
 
 # %% ../nbs/14_copies.ipynb #41efd028
 _row = np.dtype([('size','u8'), ('mtime','i8'), ('width','u4'), ('height','u4'), ('bytes','u8'), ('sha1','S40'), ('error','O'), ('file','u2'), ('offset','u8')])

@@ -124,7 +124,7 @@ def _decode_any(b, box):
 
 # %% ../nbs/11_decode.ipynb #a70ea105
 def _resize_torch(a, shape):
-    x = torch.from_numpy(a).permute(2,0,1)[None]
+    x = torch.from_numpy(a)[None].permute(0,3,1,2) # In this order PyTorch sees that the channels lie together, and leaves them so
     return F.interpolate(x, size=shape, mode='bilinear', antialias=True)[0].permute(1,2,0)
 
 def _resize_pillow(a, shape): return torch.from_numpy(np.array(Image.fromarray(a).resize(shape[::-1], Image.BILINEAR)))
