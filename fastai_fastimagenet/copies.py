@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import simplejpeg, torch
 import torch.nn.functional as F
-from PIL import Image
 from .decode import *
 from .decode import _harmless, _rgb
 with warnings.catch_warnings():
@@ -43,7 +42,8 @@ def decode_strictly(
         try: return simplejpeg.decode_jpeg(b, 'RGB', strict=True, **small)
         except ValueError as e:
             if not any(o in str(e) for o in _harmless): raise
-    with Image.open(io.BytesIO(b)) as im: return _rgb(im)
+    if head: check_image(b) # Pillow alone does not find all damage of a JPEG
+    with open_image(io.BytesIO(b)) as im: return _rgb(im)
 
 def resize_copy(
     a:np.ndarray, # (H,W,3) uint8
