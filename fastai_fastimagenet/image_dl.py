@@ -36,14 +36,6 @@ class Pictures:
     def __array__(self, dtype=None, copy=None): return np.array(list(self), dtype=object) # So fastai leaves it as it is
     def __repr__(self): return f'{len(self)} pictures in {self.source.root}'
 
-    def job(self,
-        idxs:list, # Places in this list
-        view # `RandomView` or `CentreView`
-    )->tuple: # Arguments for `make_batch`
-        "What a process must know to make a batch"
-        idxs = np.asarray(idxs, np.int64)
-        return self.source,self.rows[idxs].tobytes(),self.labels[idxs].tobytes(),view
-
     def aspects(self)->np.ndarray:
         "Width/height of each picture"
         w,h = self.index.sizes(self.source.exif)
@@ -85,9 +77,14 @@ class ImageDL(TfmdDL):
         return np.random.default_rng(self.rng.getrandbits(64)).permutation(self.n).tolist()
 
     def jobs(self, idxs, seed):
-        "What the pool must make of the pictures `idxs`"
-        view = self.view(seed)
-        return [self.dataset.items.job(o, self.batch_view(o, view)) for o in chunked(idxs, self.bs)]
+        "Arguments of `make_batch` for the pictures `idxs`"
+        view,pics,i = self.view(seed),self.dataset.items,np.asarray(idxs, np.int64)
+        rows,labels,batches = pics.rows[i],pics.labels[i],[slice(k, k+self.bs) for k in range(0, len(i), self.bs)]
+        return [(pics.source, rows[s].tobytes(), labels[s].tobytes(), self.batch_view(idxs[s], view)) for s in batches]
+
+    def expect(self):
+        "Let the pool prepare an epoch of this loader when one of the other kind ends, also the first time"
+        self.pool.expect(self.shuffle, partial(_jobs_of_next, weakref.ref(self), _epoch))
 
     def raw_batches(self,
         idxs:list=None, # Pictures, in order; by default those of a new epoch

@@ -100,6 +100,13 @@ class WorkerPool:
         others = [f for k,f in self.again.items() if k!=self.kind]
         return others[-1] if others else self.again.get(self.kind)
 
+    def expect(self,
+        kind, # As of `run`
+        again # As of `run`
+    ):
+        "Say how to make a run of some kind before there was one"
+        self.again = {**self.again, kind: again}
+
     def close(self):
         "End the processes; the next run starts new ones"
         _running.pop(self.key, None)

@@ -139,3 +139,4 @@ class RectValidation(FitCallback):
         if on==(self.dls.loaders[1] is self.rect): return
         if on: self.plain = self.dls.loaders[1]
         self.learn.dls.loaders = [self.dls.loaders[0], self.rect if on else self.plain, *self.dls.loaders[2:]]
+        if isinstance(self.dls.loaders[1], ImageDL): self.dls.loaders[1].expect()

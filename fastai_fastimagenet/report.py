@@ -8,6 +8,7 @@ __all__ = ['parts', 'describe_machine', 'load_run', 'time_to', 'summary', 'dawn_
 
 # %% ../nbs/33_report.ipynb #16e197ae
 import html, io, json, platform, subprocess, sys
+from collections import Counter
 from datetime import date
 from types import SimpleNamespace
 import pandas as pd, matplotlib
@@ -31,6 +32,10 @@ def describe_machine()->dict:
                 versions={'python':platform.python_version(), **{m: sys.modules[m].__version__ for m in ('torch','torchvision','fastai') if m in sys.modules}},
                 hardware=dict(system=platform.platform(), cores=os.cpu_count(), gpus=gpus), processes=num_distrib() or 1)
 
+def _files(file):
+    "[(file, reason)] in one of the lists of `fastimagenet-train`"
+    return [l.partition('\t')[::2] for l in file.read_text(encoding='utf-8').splitlines()] if file.exists() else []
+
 def _json(file, default): return json.loads(file.read_text()) if file.exists() else default
 
 def _board(folder):
@@ -49,9 +54,8 @@ def load_run(
     if not (path/'history.csv').exists(): raise ValueError(f'{path} holds no run: it has no history.csv. Give a folder that fastimagenet-train wrote')
     rows = pd.read_csv(path/'history.csv')
     if not len(rows): raise ValueError(f'{path}/history.csv has no epoch yet')
-    skipped = (path/'skipped.txt').read_text().splitlines() if (path/'skipped.txt').exists() else []
     return SimpleNamespace(name=path.resolve().name, rows=rows, result=_json(path/'result.json', {}), machines=_json(path/'machines.json', []),
-                           settings=_json(path/'settings.json', {}), skipped=skipped, board=_board(path/'tensorboard'),
+                           settings=_json(path/'settings.json', {}), skipped=_files(path/'skipped.txt'), odd=_files(path/'odd.txt'), board=_board(path/'tensorboard'),
                            schedule=Schedule.load(path/'schedule.json') if (path/'schedule.json').exists() else None)
 
 def time_to(
@@ -85,7 +89,8 @@ def summary(
     if 'net/recv_gbit' in run.board: res['network'] = f'{run.board["net/recv_gbit"]:.3f} Gbit/s in, {run.board["net/transmit_gbit"]:.3f} Gbit/s out (average, first machine)'
     memory = {k[7:-3]: v for k,v in run.board.items() if k.startswith('memory/')}
     if memory: res['memory'] = ', '.join(f'{k} {v:.2f} GB' for k,v in memory.items())+' (the most seen, first process)'
-    res['left out'] = f'{len(run.skipped)} files that cannot be decoded'+(f': {run.skipped[0].split(chr(9))[0]}, ...' if run.skipped else '')
+    res['left out'] = f'{len(run.skipped)} files that cannot be decoded'
+    if run.odd: res['odd'] = '; '.join(f'{n} files: {why}' for why,n in Counter(why for _,why in run.odd).most_common())
     for i,m in enumerate(run.machines):
         n = f' of start {i+1}' if len(run.machines)>1 else ''
         res['command'+n] = ' '.join(m['command'])
@@ -156,20 +161,30 @@ def _compared(runs, **kwargs):
     sums = [summary(r, **kwargs) for r in runs]
     return pd.DataFrame({r.name: s for r,s in zip(runs, sums)}, index=list(dict.fromkeys(k for s in sums for k in s))).fillna('')
 
+def _lists(runs, most=200):
+    "What is said of some files of each run: a title, [(file, reason)] of the first `most`, and where the others are"
+    for r in runs:
+        for files,what,name in ((r.skipped,'left out because they cannot be decoded','skipped.txt'), (r.odd,'that load slowly or may look turned','odd.txt')):
+            if files: yield f'{r.name}: {len(files)} files {what}',files[:most],f'and {len(files)-most} more, see {name}' if len(files)>most else ''
+
 def _html(runs, vs_dawn, table):
     e,cell = html.escape,lambda o: f'<td>{html.escape(str(o))}</td>'
     head = '' if len(runs)==1 else '<tr><th></th>'+''.join(f'<th>{e(r.name)}</th>' for r in runs)+'</tr>'
     body = ''.join(f'<tr><th>{e(k)}</th>{"".join(map(cell, row))}</tr>' for k,row in zip(table.index, table.values))
     tail = ''.join(f'<h2>Table of {e(r.name)}</h2><pre>{e(str(r.schedule))}</pre>' for r in runs if r.schedule)
     tail += ''.join(f'<h2>Epochs of {e(r.name)}</h2>{r.rows[[c for c in _shown if c in r.rows]].to_html(index=False, border=0, float_format="{:.4g}".format)}' for r in runs)
+    for t,files,more in _lists(runs):
+        tail += f'<details><summary>{e(t)}</summary><table>{"".join(f"<tr>{cell(f)}{cell(why)}</tr>" for f,why in files)}</table><p>{more}</p></details>'
     title = e(', '.join(r.name for r in runs))
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{_css}</style>'
             f'<h1>{title}</h1><table>{head}{body}</table>'+''.join(map(_svg, figures(runs, vs_dawn)))+tail+'</html>')
 
 def _markdown(runs, table):
-    cell = lambda o: str(o).replace('|', r'\|')
+    cell = lambda o: str(o).replace('|', r'\|').replace('<', '&lt;')
     lines = ['# '+', '.join(r.name for r in runs), '', '| |'+'|'.join(cell(r.name) for r in runs)+'|', '|---'*(len(runs)+1)+'|']
-    return '\n'.join(lines+[f'|{k}|'+'|'.join(map(cell, row))+'|' for k,row in zip(table.index, table.values)])+'\n'
+    lines += [f'|{k}|'+'|'.join(map(cell, row))+'|' for k,row in zip(table.index, table.values)]
+    for t,files,more in _lists(runs): lines += ['', f'## {t}', '', '|file|reason|', '|---|---|', *(f'|{cell(f)}|{cell(why)}|' for f,why in files), '', more]
+    return '\n'.join(lines).rstrip()+'\n'
 
 # %% ../nbs/33_report.ipynb #3896fe87
 def dawn_tsv(
@@ -205,5 +220,5 @@ def report(
     to.mkdir(parents=True, exist_ok=True)
     table = _compared(runs, price=price, predicted=predicted)
     for name,text in {'report.html':_html(runs, vs_dawn, table), 'report.md':_markdown(runs, table), 'dawn.tsv':dawn_tsv(runs[0].rows),
-                      'dawn.json':json.dumps(dawn_json(runs[0], price), indent=1)}.items(): (to/name).write_text(text)
+                      'dawn.json':json.dumps(dawn_json(runs[0], price), indent=1)}.items(): (to/name).write_text(text, encoding='utf-8')
     print(f'{to/"report.html"}, report.md, dawn.tsv and dawn.json written')
