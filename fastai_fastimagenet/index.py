@@ -7,7 +7,7 @@ __all__ = ['index_name', 'ImageInfo', 'read_info', 'pixel_file', 'index_dtype', 
            'index_folder', 'image_infos']
 
 # %% ../nbs/13_index.ipynb #1cd64789
-import hashlib, os, secrets, stat, tempfile
+import hashlib, mimetypes, os, secrets, stat, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -99,7 +99,8 @@ def _stored(root):
     return None,np.zeros(0, index_dtype(1))
 
 # %% ../nbs/13_index.ipynb #43e2cfb0
-_extensions = {os.fsencode(e[1:]) for e,f in Image.registered_extensions().items() if f in Image.OPEN and Image.MIME.get(f, '')[:6]=='image/'}
+_kinds = {**mimetypes.MimeTypes().types_map[True], **{e: Image.MIME.get(f, '') for e,f in Image.registered_extensions().items()}} # Python's, Pillow's
+_extensions = {os.fsencode(e[1:]) for e,kind in _kinds.items() if kind.startswith('image/')}
 
 def _stamp(st):
     if not stat.S_ISREG(st.st_mode): raise OSError('this is no file')

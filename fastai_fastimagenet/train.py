@@ -21,6 +21,7 @@ from .schedule import *
 from .recipes import *
 from .rect import *
 from .models import *
+from .image_dl import *
 from .loader import *
 from .group import *
 from .distributed import *

@@ -116,8 +116,7 @@ def test_batch_is_what_pillow_decodes(made, data, exif):
     odd = {os.fsencode(n): b for n,(b,_) in made[1].items()}
     pictures = find_images(data, exif)[0]
     view,names = CentreView((48,48)),[os.path.basename(os.fsencode(f)) for f in pictures]
-    job = pictures.job(range(len(pictures)), view)
-    x = make_batch(*job)[0].permute(0,2,3,1).numpy()
+    x = make_batch(pictures.source, pictures.rows.tobytes(), pictures.labels.tobytes(), view)[0].permute(0,2,3,1).numpy()
     w,h = (o[pictures.rows] for o in pictures.index.sizes(exif))
     boxes,_ = view.boxes(pictures.rows, w, h)
     assert odd.keys() <= set(names)
