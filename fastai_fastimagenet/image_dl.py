@@ -115,7 +115,7 @@ def _epoch(dl):
 
 def _jobs_of_next(ref, epoch):
     "The jobs of the next epoch of a loader, if it is still there"
-    if dl := ref(): return (nxt := _announced(dl)).jobs(*epoch(nxt))
+    if (dl := ref()) and dl.made_by_pool(): return (nxt := _announced(dl)).jobs(*epoch(nxt))
 
 def _announced(dl):
     "A copy of `dl` with the settings of its next epoch"
