@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 import PIL
-from fastai_fastimagenet.index import ImageIndex, index_dtype, index_folder, open_index, save_index
+from fastai_fastimagenet.index import ImageIndex, index_folder
+from fastai_fastimagenet.table import index_dtype, open_index, save_index
 from fastai_fastimagenet.photos import render
 from fastai_fastimagenet.pool import WorkerPool
 

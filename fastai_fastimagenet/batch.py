@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from .decode import *
+from .table import *
 from .index import *
 
 # %% ../nbs/15_batch.ipynb #406b034d
@@ -81,17 +82,17 @@ class ImageSource:
     "Where pictures come from"
     root:str # Folder of the pictures
     file:str # Index of it
-    stamp:int # Time of change of the index (ns): rows of another one are other pictures
+    stamp:int # Checksum of the index: rows of another one are other pictures
     exif:bool=False # Apply EXIF orientations?
 
 @lru_cache(64)
 def _table(source):
-    if os.stat(source.file).st_mtime_ns!=source.stamp:
+    if index_stamp(table := open_index(source.file))!=source.stamp:
         raise RuntimeError(f'The index {source.file} was written anew while it was in use, perhaps by another program. Start again, or resume')
-    return open_index(source.file)
+    return table
 
 @lru_cache(256)
-def _pixel_file(root, k): return np.memmap(f'{root}/{pixel_file(k)}', np.uint8, 'c').view(np.ndarray) # PyTorch warns of memory that cannot be written
+def _pixel_file(source, k): return np.memmap(f'{source.root}/{pixel_file(k)}', np.uint8, 'c').view(np.ndarray) # PyTorch warns of memory that cannot be written
 
 def make_batch(
     source:ImageSource,
@@ -107,7 +108,7 @@ def make_batch(
     boxes,flips = view.boxes(rows, w, h)
     x = torch.empty(len(rows), *view.shape, 3, dtype=torch.uint8)
     for out,row,box,turn,flip in zip(x, _stored(t), boxes.tolist(), turns.tolist(), flips.tolist()):
-        try: pixels = _pixels(source.root, row, box, view, turn)
+        try: pixels = _pixels(source, row, box, view, turn)
         except Exception as e: # Decoders raise errors of many kinds
             raise OSError(f'{source.root}/{os.fsdecode(row[0])} cannot be decoded ({e}). It was changed or damaged after it was indexed') from e
         out.copy_(pixels.flip(1) if flip else pixels)
@@ -115,10 +116,10 @@ def make_batch(
 
 def _stored(t): return list(zip(*(t[k].tolist() for k in ('name','kind','width','height','file','offset'))))
 
-def _pixels(root, row, box, view, turn):
+def _pixels(source, row, box, view, turn):
     name,kind,w,h,file,at = row
-    if kind!=RAW: return decode(read_file(os.path.join(root, os.fsdecode(name))), box, view.shape, view.exact, turn)
-    a = _pixel_file(root, file)[at:at+h*w*3].reshape(h, w, 3)
+    if kind!=RAW: return decode(read_file(os.path.join(source.root, os.fsdecode(name))), box, view.shape, view.exact, turn)
+    a = _pixel_file(source, file)[at:at+h*w*3].reshape(h, w, 3)
     if box is None: return torch.from_numpy(a)
     x,y,bw,bh = box
     return resized(a[y:y+bh, x:x+bw], view.shape)
@@ -130,5 +131,5 @@ def read_picture(
     "The whole picture `file`, which may be one of raw copies"
     if not os.path.exists(file):
         t,name = _table(source),os.fsencode(os.path.relpath(file, source.root))
-        for i in np.flatnonzero(t['name']==name): return _pixels(source.root, _stored(t[i:i+1])[0], None, None, 1).numpy()
+        for i in np.flatnonzero(t['name']==name): return _pixels(source, _stored(t[i:i+1])[0], None, None, 1).numpy()
     return decode(read_file(file), exact=True, orientation=read_header(file).orientation if source.exif else 1).numpy()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from .decode import *
+from .table import *
 from .index import *
 
 # %% ../nbs/14_copies.ipynb #9769c744

@@ -6,6 +6,7 @@
 __all__ = ['PhaseData']
 
 # %% ../nbs/20_data.ipynb #aa9aa9e0
+import json
 from .core import *
 from .group import *
 from .image_dl import *
@@ -25,15 +26,25 @@ class PhaseData(FitCallback):
         dls = self.learn.dls
         if not all(isinstance(dl_layers(dl)[-1], ImageDL) for dl in dls.loaders): raise ValueError('`PhaseData` needs the loaders of `imagenet_dls`')
         self.data = {'': [dl.dataset for dl in dls.loaders]}
-        for s in set(self.suffixes.values())-{''}: self.data[s] = self._open(f'{dls.path}{s}')
+        self.on_exit(delattr, self, 'data')
+        for s in sorted(set(self.suffixes.values())-{''}): self.data[s] = self._open(f'{dls.path}{s}', s) # In the same order on all processes
         check_same({f'the fingerprint of the pictures in {dls.path}{s}': ds[0].items.digest() for s,ds in self.data.items()}, 'at the start of a fit')
 
-    def _open(self, path):
+    def _open(self, path, suffix):
+        check_same({f'whether there is a folder {path}': Path(path).is_dir()}, 'at the start of a fit')
+        kind,_,short = suffix.rpartition('/')
+        make = f'`fastimagenet-presize {self.dls.path}{f" --short {short}" if short.isdecimal() else ""}{" --format raw" if kind=="-raw" else ""}`'
         if not Path(path).is_dir():
-            say(f'{path} is missing: training reads the originals instead, which takes longer. Make it by `fastimagenet-presize {self.dls.path}`')
+            say(f'{path} is missing: training reads the originals instead, which takes longer. Make it by {make}')
             return self.data['']
-        *pictures,vocab,bad = rank0_first(find_images, path, self.dls.train_ds.items.source.exif)
-        if vocab!=list(self.dls.vocab): raise ValueError(f'{path} has {len(vocab)} classes, {self.dls.path} has {len(self.dls.vocab)}; they must be the same')
+        own,exif = Path(path).parent/'.presize/settings.json',self.dls.train_ds.items.source.exif
+        if own.exists() and json.loads(own.read_text())['exif']!=exif:
+            raise ValueError(f'{path} was made with{"out" if exif else ""} `--exif`, the pictures are read with{"" if exif else "out"}: do both alike')
+        *pictures,vocab,_ = rank0_first(find_images, path, exif)
+        if vocab!=list(self.dls.vocab): raise ValueError(f'{path} has {len(vocab)} classes, {self.dls.path} has {len(self.dls.vocab)}; they must be the same. Call {make} again')
+        (train,valid),(n_train,n_valid) = map(len, pictures),[len(ds) for ds in self.data['']]
+        if valid!=n_valid: raise ValueError(f'{path} has {valid} validation pictures, {self.dls.path} has {n_valid}; accuracies would not be the same. Call {make} again')
+        if train!=n_train: say(f'{path} has {train} training pictures, {self.dls.path} has {n_train}. {make} brings the copies up to date')
         return [dataset(o, vocab, i) for i,o in enumerate(pictures)]
 
     def before_epoch(self):

@@ -7,7 +7,7 @@ __all__ = ['JPEG', 'PROGRESSIVE', 'OTHER', 'RAW', 'Header', 'jpeg_header', 'open
            'resizer', 'resized', 'upright', 'turn', 'decode', 'read_file', 'decode_strictly']
 
 # %% ../nbs/11_decode.ipynb #c8b527dc
-import io, math, os, time
+import io, math, os, re, time
 from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
@@ -106,7 +106,7 @@ def snap(
 def _lower_height(b, bottom):
     "Let JPEG data `b`, which is changed, end below row `bottom`; returns its height"
     i = next(i for m,i in _segments(b) if m in _sofs)
-    height,rows = b[i+5]<<8|b[i+6],-(-(bottom+1)//16)*16
+    height,rows = b[i+5]<<8|b[i+6],-(-(math.ceil(bottom)+1)//16)*16
     if b[i+1]==0xc2 or rows>=height: return height
     b[i+5],b[i+6] = rows>>8,rows&255
     return rows
@@ -228,7 +228,10 @@ def read_file(
     return b
 
 # %% ../nbs/11_decode.ipynb #6a28c421
-_harmless = ('extraneous bytes','subsampling','Unsupported') # Stray bytes between segments; what simplejpeg does not know, and Pillow perhaps does
+def _harmless(e):
+    "Is an error of simplejpeg about a few stray bytes between segments, or about what it does not know and Pillow perhaps does?"
+    stray = re.search(r'(\d+) extraneous bytes', str(e))
+    return int(stray[1])<=16 if stray else 'subsampling' in str(e) or 'Unsupported' in str(e)
 
 def decode_strictly(
     b, # Image file
@@ -240,7 +243,7 @@ def decode_strictly(
         scale = dct_scale((0,0,head.width,head.height), shape)
         try: a = simplejpeg.decode_jpeg(b, 'RGB', strict=True, **_at_least(scale, head.width, head.height))
         except ValueError as e:
-            if not any(o in str(e) for o in _harmless): raise
+            if not _harmless(e): raise
         else:
             if head.kind!=OTHER: return a
     with open_image(io.BytesIO(b)) as im: return _rgb(im)

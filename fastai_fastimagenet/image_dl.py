@@ -11,6 +11,7 @@ from copy import copy
 from .sizing import *
 from .group import *
 from .pool import *
+from .table import *
 from .index import *
 from .rect import *
 from .batch import *
@@ -19,8 +20,8 @@ from fastai.vision.augment import *
 from fastai.data.all import *
 
 # %% ../nbs/16_image_dl.ipynb #b655951e
-class Pictures:
-    "Some rows of an `ImageIndex` as a list of files"
+class Pictures(list):
+    "Some rows of an `ImageIndex` as a list of files; a `list`, because of anything else fastai would make one"
     def __init__(self,
         index:ImageIndex,
         rows:np.ndarray, # Which rows
@@ -28,12 +29,12 @@ class Pictures:
         exif:bool=False # Apply EXIF orientations?
     ):
         self.index,self.rows,self.labels = index,rows,labels
-        self.source = ImageSource(str(index.root), str(index.file), os.stat(index.file).st_mtime_ns, exif)
+        if index.file is None: raise OSError(f'The index of {index.root} could be stored nowhere, and loader processes need it: make one of these writable: {index.root}, ~/.cache, /tmp')
+        self.source = ImageSource(str(index.root), str(index.file), index_stamp(index.table), exif)
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return [self[k] for k in range(len(self))[i]] if isinstance(i, slice) else self.index.path(self.rows[i])
     def __iter__(self): return (self[i] for i in range(len(self)))
-    def __array__(self, dtype=None, copy=None): return np.array(list(self), dtype=object) # So fastai leaves it as it is
     def __repr__(self): return f'{len(self)} pictures in {self.source.root}'
 
     def aspects(self)->np.ndarray:
@@ -41,7 +42,7 @@ class Pictures:
         w,h = self.index.sizes(self.source.exif)
         return w[self.rows]/h[self.rows]
 
-    def digest(self)->str: return digest([self.index.table['name'][self.rows].tobytes(), self.labels.tobytes()])[:8]
+    def digest(self)->str: return digest([b'\n'.join(self.index.table['name'][self.rows].tolist()), self.labels.tobytes()])[:8]
 
 # %% ../nbs/16_image_dl.ipynb #b8bee72b
 class ImageDL(TfmdDL):
@@ -70,7 +71,8 @@ class ImageDL(TfmdDL):
 
     def batch_view(self, idxs, view): return view
 
-    def made_by_pool(self)->bool: return isinstance(getattr(self.dataset, 'items', None), Pictures) and self.view(0) is not None
+    def made_by_pool(self)->bool:
+        return isinstance(getattr(self.dataset, 'items', None), Pictures) and not self.before_batch.fs and self.view(0) is not None
 
     def get_idxs(self):
         if not self.shuffle: return list(range(self.n))
@@ -96,7 +98,9 @@ class ImageDL(TfmdDL):
         jobs = self.jobs(idxs, seed)
         if not self.fake_l.num_workers: batches = WorkerPool(self.pool.make, 0).run(jobs)
         else: batches = self.pool.run(jobs, self.shuffle, partial(_jobs_of_next, weakref.ref(self), again or _epoch))
-        for x,y in batches: yield to_device((TensorImage(x),TensorCategory(y)), self.device)
+        for x,y in batches:
+            b = TensorImage(x),TensorCategory(y)
+            yield b if self.device is None else to_device(b, self.device, non_blocking=self.pool.pin_memory)
 
     def __iter__(self):
         idxs,seed = _epoch(self) if self.made_by_pool() else (None,None)
@@ -120,7 +124,8 @@ def _jobs_of_next(ref, epoch):
 def _announced(dl):
     "A copy of `dl` with the settings of its next epoch"
     nxt,s = copy(dl),dl.announced
-    nxt.rng,nxt.bs,nxt.after_item = copy(dl.rng),s.get('bs', dl.bs),deepcopy(dl.after_item)
+    nxt.rng,nxt.bs = copy(dl.rng),s.get('bs', dl.bs)
+    for nm in ('after_item','before_batch','after_batch'): setattr(nxt, nm, deepcopy(getattr(dl, nm)))
     if 'dataset' in s: nxt.dataset,nxt.n = s['dataset'],len(s['dataset'])
     for f in sizers(nxt):
         if 'size' in s: f.size = scaled(f.size, s['size']/short_side(f))

@@ -22,16 +22,17 @@ def image_folder(
     path # '~' is the home folder
 )->Path:
     "`path`, if there is such a folder"
-    path = Path(path).expanduser()
-    if not path.is_dir(): raise ValueError(f'{path} is no folder. Give `photos`, `imagenette`, or a folder with train and val')
+    path = Path(path).expanduser().resolve() # As `presize` does, so that both find the same copies beside it
+    if not path.is_dir(): raise ValueError(f'{path} is no folder. Give a folder with train and val')
     return path
 
 def class_of(
     path, # Folder that holds `train` and `val`
     file # Picture below it
 )->str:
-    "The class of `file`: the folder below `train` or `val` that it lies in"
-    return Path(file).relative_to(path).parts[1]
+    "The class of `file`: the folder below `train` or `val` that it lies in; elsewhere the folder that it lies in"
+    file = Path(file)
+    return file.relative_to(path).parts[1] if file.is_relative_to(path) else file.parent.name
 
 def _classes(names, split):
     "Rows below the folder `split` of sorted `names`, those in each class folder: {class: (first, last+1)}"
@@ -62,9 +63,10 @@ def find_images(
     if len(vocab)<2: raise ValueError(f'{path/train} has one class, {vocab[0]}: a classifier needs two folders or more')
     unknown = sorted(valid_classes.keys()-classes.keys())
     if unknown: raise ValueError(f'{path/valid} has classes of which {path/train} has no picture that can be read: {", ".join(unknown[:5])}')
+    place = {c: i for i,c in enumerate(vocab)}
     def pictures(cs):
         rows = np.concatenate([np.arange(*o) for o in cs.values()])
-        return Pictures(index, rows, np.repeat([vocab.index(c) for c in cs], [b-a for a,b in cs.values()]), exif)
+        return Pictures(index, rows, np.repeat([place[c] for c in cs], [b-a for a,b in cs.values()]), exif)
     return pictures(classes),pictures(valid_classes),vocab,index.bad
 
 _splits = ('train','val','validation','valid')
@@ -85,9 +87,12 @@ def imagenet_dls(
     batch_tfms:list=None, # fastai's batch transforms, e.g. `aug_transforms(size=128)`
     exif:bool=False, # Apply EXIF orientations? ImageNet's models do not
     strict:bool=False, # Raise an error if a file cannot be decoded? Else it is left out
-    dtype:torch.dtype=torch.float32 # Of the batches
+    dtype:torch.dtype=torch.float32 # Of the batches; with `batch_tfms` always float32
 )->DataLoaders:
     "`DataLoaders` for a folder in ImageNet's layout; `dls.skipped` are the files left out, with the reason"
+    for name,v,ok,what in (('size',size,isinstance(size, int) and size>=8,'a whole number of pixels, 8 or more'), ('bs',bs,isinstance(bs, int) and bs>0,'a whole number, 1 or more'),
+                           ('min_scale',min_scale,0<min_scale<=1,'an area share above 0, at most 1'), ('workers',workers,workers is None or workers>=0,'0 or more')):
+        if not ok: raise ValueError(f'`{name}` must be {what}, got {v!r}')
     train,valid,vocab,bad = rank0_first(find_images, path, exif)
     if bad and strict: raise ValueError(f'{len(bad)} files cannot be decoded: {bad[0][0]} ({bad[0][1]}), ... Remove them, or leave out `strict`')
     world = num_distrib() or 1
@@ -96,7 +101,7 @@ def imagenet_dls(
                          'Take another schedule, or smaller batches with `Schedule.scale_to` in Python')
     if workers is None: workers = min(8, max(1, num_cpus()//int(os.environ.get('LOCAL_WORLD_SIZE', world)))) if sys.platform=='linux' else 0
     pool = WorkerPool(make_batch, workers, pin_memory=torch.cuda.is_available())
-    norm = [NormalizeBytes(*imagenet_stats, dtype)] if not batch_tfms else [IntToFloatTensor(), *batch_tfms, Normalize.from_stats(*imagenet_stats)]
+    norm = [NormalizeBytes(*imagenet_stats, dtype)] if not batch_tfms else [IntToFloatTensor(), *L(batch_tfms), Normalize.from_stats(*imagenet_stats)]
     tfms = [RandomResizedCrop(size, min_scale=min_scale, split_idx=0), RectCrop(size), FlipItem(.5), ToTensor()]
     loaders = [ImageDL(dataset(o, vocab, i), bs, pool, shuffle=not i, drop_last=not i, after_item=tfms, after_batch=norm) for i,o in enumerate((train,valid))]
     loaders[1].expect()
@@ -110,6 +115,8 @@ def dataset(
     split_idx:int # 0 training, 1 validation
 )->Datasets:
     "Pictures and their classes, as fastai shows and predicts them"
-    return Datasets(pictures, [[partial(_open, pictures.source)], [partial(class_of, pictures.source.root), Categorize(vocab)]], split_idx=split_idx)
+    opener = Transform(partial(_open, pictures.source))
+    opener.input_types = (Path,str,bytes,ndarray,Tensor) # As of `PILImage.create`
+    return Datasets(pictures, [[opener], [partial(class_of, pictures.source.root), Categorize(vocab)]], split_idx=split_idx)
 
 def _open(source, file): return PILImage.create(read_picture(source, file) if isinstance(file, (str,Path)) else file)

@@ -6,7 +6,7 @@
 __all__ = ['WorkerPool']
 
 # %% ../nbs/12_pool.ipynb #1326b0dc
-import atexit, math, signal, weakref
+import atexit, gc, math, signal, weakref
 from collections import deque
 from itertools import count
 import torch
@@ -17,6 +17,7 @@ def _worker_init(_):
     # A signal to the whole process group must not end the workers before the process that they serve has saved; a minute later it does
     signal.signal(signal.SIGTERM, lambda *args: signal.alarm(60))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze() # Garbage of the program is not collected here: iterators in it would try to end processes that are no children
     if hasattr(signal, 'SIGUSR1'): signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 class _Jobs(Dataset):
@@ -44,7 +45,8 @@ class WorkerPool:
     ):
         self.make,self.workers,self.pin_memory,self.ahead = make,workers,pin_memory,ahead or max(2*workers, 6)
         self.key = next(_keys)
-        weakref.finalize(self, _running.pop, self.key, None)
+        weakref.finalize(self, _end, self.key)
+        self.n_runs = 0
         self._reset()
 
     @property
@@ -53,7 +55,7 @@ class WorkerPool:
         return _running.get(self.key)
 
     def _reset(self):
-        self.n_runs,self.waiting,self.guess,self.kind,self.again = 0,deque(),None,None,{}
+        self.waiting,self.guess,self.active,self.kind,self.again = deque(),None,None,None,{}
         self.current = torch.ones(1, dtype=torch.int64).share_memory_() # Runs before this one are given up
 
     def run(self,
@@ -65,17 +67,26 @@ class WorkerPool:
         if self.workers==0:
             for j in jobs: yield _one_thread(self.make, j)
             return
-        if self.guess and self.guess[1]==jobs: run = self.guess[0]
-        else:
-            self.waiting.clear()
-            run = self._add(jobs)
-            self.current[0] = run
-        self.guess,self.kind = None,kind
+        if self.guess and self.guess[1]==jobs: self.active,self.guess = self.guess[0],None
+        else: self._begin(jobs)
+        run,self.kind = self.active,kind
         self.again = {**{k: f for k,f in self.again.items() if k!=kind}, kind:again}
+        for k in range(len(jobs)):
+            if self.active!=run: # Another run came between, and took over
+                self._begin(jobs[k:])
+                run,self.kind = self.active,kind
+            yield self._result(run)
+
+    def _begin(self, jobs):
+        self.waiting.clear()
+        self.guess,self.active = None,self._add(jobs)
+        self.current[0] = self.active
+
+    def _result(self, run):
         try:
             if self.results is None: _running[self.key] = self._start()
-            for _ in jobs: yield next(res for r,res in self.results if r==run)
-        except Exception:
+            return next(res for r,res in self.results if r==run)
+        except BaseException: # An interrupt too, which may have lost a result
             self.close()
             raise
 
@@ -109,7 +120,7 @@ class WorkerPool:
 
     def close(self):
         "End the processes; the next run starts new ones"
-        _running.pop(self.key, None)
+        _end(self.key)
         self._reset()
 
     def __getstate__(self): return dict(make=self.make, workers=self.workers, pin_memory=self.pin_memory, ahead=self.ahead)
@@ -117,7 +128,14 @@ class WorkerPool:
     def __deepcopy__(self, memo): return self # Copies of a loader share the processes
 
 _keys,_running = count(),{} # Not in the pools: garbage that lies in a cycle has its queues stopped before it can end its processes
-atexit.register(_running.clear) # Before PyTorch and multiprocessing clean up, who would wait for processes that do not mind SIGTERM
+
+def _end(key):
+    it = _running.pop(key, None)
+    if it is not None: it._shutdown_workers() # Also when a traceback still holds it
+
+@atexit.register # Before PyTorch and multiprocessing clean up, who would wait for processes that do not mind SIGTERM
+def _end_all():
+    for k in list(_running): _end(k)
 
 def _same(o): return o
 

@@ -17,6 +17,7 @@ from torch.utils.data import get_worker_info
 from .decode import *
 from .pool import *
 from .copies import *
+from .table import *
 from .index import *
 
 # %% ../nbs/15_presize.ipynb #24ebbc14
@@ -193,6 +194,8 @@ def _presize(src, dst, sizes, settings, workers, strict):
     sets = [CopySet(dst, s, index, at, settings['format']=='raw', settings['exif']) for s in sizes]
     for o in sets: o.read_journal(state/'journal', at)
     copier = Copier(src, dst, index, sets, settings['quality'], settings['exif'])
+    for f,why in index.bad:
+        if f.is_dir(): raise ValueError(f'{f} cannot be read ({why}), and copies of what is in it would be taken for superfluous: make it readable, or remove it')
     bad = {os.path.relpath(f, src): why for f,why in index.bad}
     failed = bad | {n: e for o in sets for n,e in zip(o.names, o.rows['error']) if e}
     if strict: _stop(src, failed)
@@ -221,7 +224,8 @@ def _copy(copier, workers, failed, strict):
     try:
         for a,(d,u,error) in zip(range(0, n, step), pool.run([(a, min(a+step, n)) for a in range(0, n, step)])):
             if error: raise error
-            damaged,unread = damaged|dict(d),unread|dict(u)
+            damaged.update(d)
+            unread.update(u)
             if strict: _stop(copier.src, damaged|unread)
             progress.add(min(step, n-a), len(d)+len(u))
     finally: pool.close()

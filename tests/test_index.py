@@ -8,7 +8,8 @@ from PIL import Image
 from fastai.data.transforms import get_image_files
 from fastai_fastimagenet import index
 from fastai_fastimagenet.decode import JPEG, OTHER, PROGRESSIVE, RAW
-from fastai_fastimagenet.index import ImageIndex, ImageInfo, image_infos, index_dtype, index_folder, open_index, save_index
+from fastai_fastimagenet.index import ImageIndex, ImageInfo, image_infos, index_folder
+from fastai_fastimagenet.table import index_dtype, open_index, save_index
 from fastai_fastimagenet.pool import WorkerPool
 
 pytestmark = pytest.mark.filterwarnings('ignore')

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import numpy as np, pytest
 from PIL import Image, ImageOps
 from fastai_fastimagenet.batch import CentreView, make_batch
-from fastai_fastimagenet.index import index_dtype, index_folder
+from fastai_fastimagenet.index import index_folder
+from fastai_fastimagenet.table import index_dtype
 from fastai_fastimagenet.loader import find_images
 from fastai_fastimagenet.phase import Phase
 from fastai_fastimagenet.photos import render

@@ -6,7 +6,8 @@ from hypothesis import given, strategies as st
 from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, FuncSplitter, ImageBlock, MaskBlock, PointBlock, ImageDataLoaders, IndexSplitter, Learner,
     PILImage, ProgressCallback, Resize, TransformBlock, accuracy, get_image_files, noop, parent_label)
 from fastai_fastimagenet.all import *
-from fastai_fastimagenet.index import ImageInfo, image_infos, open_index, read_info
+from fastai_fastimagenet.index import ImageInfo, image_infos, read_info
+from fastai_fastimagenet.table import open_index
 from fastai_fastimagenet.rect import crop_box, rect_shape
 from fastai_fastimagenet.rectval import aspect_ratios
 
