@@ -1,9 +1,9 @@
 "Pixels of random boxes against a full decode by Pillow; the EXIF orientations"
 import io, math
 from collections import defaultdict
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from PIL import Image, ImageOps
-from fastai_fastimagenet.decode import dct_scale, decode, snap
+from fastai_fastimagenet.decode import dct_scale, decode, decode_strictly, snap
 from fastai_fastimagenet.photos import render
 
 def saved(im, **kwargs):
@@ -85,3 +85,17 @@ def test_orientations_are_those_of_pillow(o, kwargs):
     assert psnr(decode(bytearray(b), box, shape, True, o), crop.resize(shape[::-1], Image.BILINEAR))>45
     small = (20,24)
     assert psnr(decode(bytearray(b), None, small, True, o), upright.resize(small[::-1], Image.BILINEAR))>30
+
+def test_a_decoder_that_lost_its_place_is_noticed():
+    "libjpeg calls what it skipped extraneous; a few such bytes are harmless"
+    b = io.BytesIO()
+    render(3, short=375)[0].save(b, 'JPEG', quality=95)
+    data = b.getvalue()
+    decode_strictly(data[:-2]+bytes(9)+data[-2:])
+    with pytest.raises(ValueError, match='extraneous'): decode_strictly(data[:-2]+bytes(900)+data[-2:])
+
+def test_boxes_may_be_fractions():
+    b = io.BytesIO()
+    render(3, short=200)[0].save(b, 'JPEG')
+    crops = [decode(kind(b.getvalue()), (3.2,4.5,90.3,80.1), (40,40)) for kind in (bytes,bytearray)]
+    assert torch.equal(*crops)

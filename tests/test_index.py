@@ -283,3 +283,14 @@ def test_as_many_as_imagenet(tmp_path):
     for grown,*rest in WorkerPool(partial(use, idx), 2).run([(), ()]):
         assert grown<50e6, f'{grown/1e6:.0f} MB'
         assert rest==[n*875, 'n01299000.JPEG', n*110_000]
+
+def test_folders_that_are_not_asked_for_stay(tmp_path):
+    for d in ('train/a','test'):
+        (tmp_path/d).mkdir(parents=True)
+        for i in range(3): Image.new('RGB', (20+i,10)).save(tmp_path/d/f'{i}.png')
+    assert len(index_folder(tmp_path))==6
+    before = (tmp_path/'.fastimagenet_index.npy').stat().st_ino
+    assert len(index_folder(tmp_path, only=['train']))==6 and (tmp_path/'.fastimagenet_index.npy').stat().st_ino==before
+    (tmp_path/'train/a/0.png').unlink()
+    assert len(index_folder(tmp_path, only=['train']))==5
+    assert len(index_folder(tmp_path))==5

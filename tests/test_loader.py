@@ -1,8 +1,7 @@
 "Loaders of a folder: what a batch is, how epochs follow each other, and everything that fastai does with them"
-import copy, gc, itertools, math, os, pickle, shutil, sys, time
+import copy, gc, itertools, math, os, pickle, shutil, time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from PIL import Image
@@ -95,10 +94,9 @@ def test_an_epoch_that_breaks_off_leaves_nothing(dls):
     it = iter(dls.train)
     next(it)
     del it
-    seen = [y for _ in range(2) for _,y in dls.train]
-    assert [len(y) for y in seen]==[16]*50
-    n = Counter(str(f) for f in dls.train_ds.items)
-    assert len(n)==400
+    for _ in range(2): # All classes as often as there are pictures of them: each was seen once
+        ys = [y for _,y in dls.train]
+        assert [len(y) for y in ys]==[16]*25 and Counter(torch.cat(ys).tolist())==Counter(dls.train_ds.items.labels.tolist())
 
 def test_same_processes_for_all_epochs(small_photos):
     dls = imagenet_dls(small_photos, 32, 16, workers=2)
@@ -262,14 +260,94 @@ def test_a_killed_worker_is_noticed():
     with pytest.raises(RuntimeError, match='DataLoader worker'): list(pool.run([(9,)]))
     pool.close()
 
-def test_one_list_of_a_million_is_small(tmp_path):
-    "Nothing is kept for each picture but a row number and a class"
-    n = 10**6
-    file = tmp_path/'x'
-    file.write_text('')
-    index = SimpleNamespace(root=tmp_path, file=file, path=lambda i: Path(f'/{i}'))
-    p = Pictures(index, np.arange(n), np.zeros(n, np.int64))
-    assert len(pickle.dumps((p.rows, p.labels)))<17*n and p[5]==Path('/5') and len(p)==n and p[2:4]==[Path('/2'),Path('/3')]
+def test_runs_inside_runs(dls):
+    "Two loaders that take turns, and an evaluation in the middle of an epoch, give the batches that they give alone"
+    state = dls.train.rng.getstate()
+    alone = batches(dls.train),batches(dls.valid)
+    dls.train.rng.setstate(state)
+    turns = list(zip(dls.valid, dls.train))
+    assert same([v for v,_ in turns], alone[1]) and same([t for _,t in turns], alone[0][:len(turns)])
+    seen = []
+    class Inside(FitCallback):
+        def after_batch(self):
+            seen.append(self.learn.training)
+            if self.learn.training and self.iter==3: dl = dls.valid.new(); [y for _,y in dl]
+    learn = Learner(dls, resnet_small(dls.c, 4), metrics=accuracy)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=Inside())
+    assert seen==([True]*25+[False]*7)*2
+
+def test_after_an_interrupt_training_goes_on(dls):
+    learn = Learner(dls, resnet_small(dls.c, 4), metrics=accuracy)
+    class Stop(FitCallback):
+        def after_batch(self):
+            if self.learn.training and self.iter==5: raise KeyboardInterrupt
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Stop())
+        learn.fit(1)
+    assert len(learn.recorder.losses)==25
+    it = iter(dls.train.raw_batches())
+    next(it)
+    results,get = dls.pool.results,dls.pool.results._try_get_data
+    def interrupted(*args, **kwargs):
+        get(*args, **kwargs)
+        raise KeyboardInterrupt # A result has left the queue and is lost
+    results._try_get_data = interrupted
+    with pytest.raises(KeyboardInterrupt): list(it)
+    assert len(batches(dls.train))==25
+
+def test_an_error_leaves_no_processes(dls, tmp_path):
+    "Also while its traceback is kept"
+    batches(dls.train)
+    pids = [w.pid for w in dls.pool.results._workers]
+    with pytest.raises(AttributeError) as kept: list(dls.pool.run([(None, b'', b'', None)]))
+    assert kept.tb is not None and dls.pool.results is None and not any(Path(f'/proc/{p}').exists() for p in pids)
+    assert len(batches(dls.train))==25
+
+def test_batch_functions_of_fastai_are_called(dls):
+    called = []
+    dl = dls.valid.new(before_batch=lambda b: called.append(len(b)) or b, num_workers=0)
+    assert not dl.made_by_pool() and len(list(dl))==7 and called[:2]==[16,16]
+
+def test_interpretation_and_file_names(dls, tmp_path):
+    learn = Learner(dls, resnet_small(dls.c, 4), metrics=accuracy)
+    with learn.no_bar(), learn.no_logging():
+        interp = ClassificationInterpretation.from_learner(learn)
+        interp.plot_top_losses(4)
+        f = str(dls.valid_ds.items[3])
+        assert learn.predict(f)[1]==learn.predict(Path(f))[1]==learn.predict(Path(f).read_bytes())[1]
+        (tmp_path/'bus_a').mkdir()
+        shutil.copy(f, tmp_path/'bus_a/x.jpg')
+        _,y = learn.get_preds(dl=dls.test_dl([tmp_path/'bus_a/x.jpg'], with_labels=True))
+        assert dls.vocab[int(y[0])]=='bus_a'
+    plt.close('all')
+
+def test_copies_must_be_complete_and_alike(small_photos, tmp_path, capsys):
+    from fastai_fastimagenet.presize import presize
+    path = tmp_path/'d'
+    shutil.copytree(small_photos, path, ignore=shutil.ignore_patterns('.*'))
+    presize(path, short=(40,), workers=0)
+    def fit(exif=False):
+        learn = Learner(imagenet_dls(path, 32, 16, workers=0, exif=exif), resnet_small(20, 4), metrics=accuracy)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=PhaseData({0:'-sz/40'}))
+    with pytest.raises(ValueError, match='made without `--exif`'): fit(exif=True)
+    next((tmp_path/'d-sz/40/train').rglob('*.jpg')).unlink()
+    fit()
+    assert 'has 399 training pictures' in capsys.readouterr().out
+    next((tmp_path/'d-sz/40/val').rglob('*.jpg')).unlink()
+    with pytest.raises(ValueError, match='99 validation pictures.*--short 40'): fit()
+
+def test_an_index_of_other_pictures_is_refused(small_photos, tmp_path):
+    path = tmp_path/'d'
+    shutil.copytree(small_photos, path)
+    dls = imagenet_dls(path, 32, 16, workers=0)
+    shutil.copy(dls.train_ds.items[0], path/'train/ball_a/0 new.jpg')
+    other = imagenet_dls(path, 32, 16, workers=0) # Writes the index anew
+    with pytest.raises(RuntimeError, match='written anew'): batches(dls.train)
+    assert len(batches(other.train))==25
+
+def test_bad_arguments(small_photos):
+    for kwargs in (dict(size='64'), dict(bs=0), dict(min_scale=2), dict(workers=-1)):
+        with pytest.raises(ValueError, match=f'`{next(iter(kwargs))}` must be'): imagenet_dls(small_photos, **{**dict(size=32, bs=16), **kwargs})
 
 @pytest.mark.parametrize('format', ('jpeg','raw'))
 def test_copies_of_presize_are_loaded(small_photos, tmp_path, format):
