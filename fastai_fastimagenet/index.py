@@ -85,6 +85,7 @@ def _read(root, names, check):
     return np.array(heads, np.uint32),bad
 
 def _read_many(root, names, check, workers):
+    if check and len(names)>5000: print(f'Decoding {len(names)} pictures in {root} to find damaged ones, which is done once', flush=True)
     n = 32 if check else 1024
     jobs = [(str(root), names[i:i+n], check) for i in range(0, len(names), n)]
     parts = list(WorkerPool(_read, 0 if len(jobs)<3 else min(8, num_cpus()) if workers is None else workers).run(jobs))
@@ -164,7 +165,7 @@ def index_folder(
     bad = []
     inside,outside = _split(table, only) if only else (table,table[:0])
     rows,unread,n = _update(root, inside, _rows(_walk(root, bad, only=only)), check, workers)
-    if n or len(rows)!=len(inside) or file is None: file,table = _keep(root, np.concatenate([rows, outside]))
+    if n or len(rows)!=len(inside) or (file is None and len(rows)): file,table = _keep(root, np.concatenate([rows, outside]))
     return ImageIndex(root, table, file, sorted((root/os.fsdecode(name), why) for name,why in bad+unread))
 
 def _keep(root, rows):

@@ -75,7 +75,7 @@ def _no_images(path, ss, index):
     here = [path/s for s in ss if (path/s).is_dir()]
     if here: return f'{here[0]} has no class folder with pictures that can be read ({len(index.bad)} files tried)'
     return (f'{path} has no folder {" or ".join(ss)}. Expected ImageNet\'s layout: {ss[0]}/CLASS/*.JPEG; it holds '
-            f'{", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"}')
+            f'{", ".join(sorted(p.name for p in path.iterdir() if p.name[0]!=".")[:5]) or "nothing"}')
 
 # %% ../nbs/17_loader.ipynb #60e08bc8
 def imagenet_dls(

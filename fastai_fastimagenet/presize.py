@@ -196,7 +196,7 @@ def _presize(src, dst, sizes, settings, workers, strict):
     copier = Copier(src, dst, index, sets, settings['quality'], settings['exif'])
     for f,why in index.bad:
         if f.is_dir(): raise ValueError(f'{f} cannot be read ({why}), and copies of what is in it would be taken for superfluous: make it readable, or remove it')
-    bad = {os.path.relpath(f, src): why for f,why in index.bad}
+    bad,new,unread = {os.path.relpath(f, src): why for f,why in index.bad},{},{}
     failed = bad | {n: e for o in sets for n,e in zip(o.names, o.rows['error']) if e}
     if strict: _stop(src, failed)
     if len(copier.todo):
@@ -209,7 +209,7 @@ def _presize(src, dst, sizes, settings, workers, strict):
     for o in sets: o.finish(bad, state/'tmp-manifest')
     (state/'journal').unlink(missing_ok=True)
     mb = sum(int(o.rows['bytes'].sum()) for o in sets)/1e6
-    print(f'{len(index)+len(index.bad)} pictures, {len(copier.todo)} of them copied now; {mb:,.1f} MB in {", ".join(str(o.folder) for o in sets)}; '
+    print(f'{len(index)+len(index.bad)} pictures, {len(copier.todo)-len(new)-len(unread)} of them copied now; {mb:,.1f} MB in {", ".join(str(o.folder) for o in sets)}; '
           f'{time.time()-began:.1f} s; failures: {len(failed)}{", see manifest.csv" if failed else ""}')
     return sorted((src/n, e) for n,e in failed.items())
 

@@ -345,6 +345,11 @@ def test_an_index_of_other_pictures_is_refused(small_photos, tmp_path):
     with pytest.raises(RuntimeError, match='written anew'): batches(dls.train)
     assert len(batches(other.train))==25
 
+def test_a_folder_of_another_layout_stays_as_it_is(tmp_path):
+    (tmp_path/'pics').mkdir()
+    with pytest.raises(ValueError, match='has no folder train.*it holds pics$'): imagenet_dls(tmp_path, 32, 16)
+    assert [f.name for f in tmp_path.iterdir()]==['pics']
+
 def test_bad_arguments(small_photos):
     for kwargs in (dict(size='64'), dict(bs=0), dict(min_scale=2), dict(workers=-1)):
         with pytest.raises(ValueError, match=f'`{next(iter(kwargs))}` must be'): imagenet_dls(small_photos, **{**dict(size=32, bs=16), **kwargs})
