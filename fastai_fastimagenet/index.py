@@ -49,7 +49,7 @@ def _stamp(st):
     if not stat.S_ISREG(st.st_mode): raise OSError('this is no file')
     return st.st_size,st.st_mtime_ns
 
-def _walk(root, bad, folder=b'', only=None):
+def _walk(root, bad, folder=b'', only=None, above=()):
     "Yield [(name, size, time)] of the images in each folder; what cannot be read is added to `bad`"
     found,folders,top = [],[],os.path.join(os.fsencode(root), folder)
     try: entries = list(os.scandir(top))
@@ -62,8 +62,9 @@ def _walk(root, bad, folder=b'', only=None):
         except OSError as err: bad.append((folder+e.name, _reason(err)))
     yield found
     for e in folders:
-        if e.is_symlink() and os.path.commonpath([os.path.realpath(top), p := os.path.realpath(e.path)])==p: continue # A loop
-        yield from _walk(root, bad, folder+e.name+b'/')
+        p,here = os.path.realpath(e.path),os.path.realpath(top)
+        if e.is_symlink() and (p in above or os.path.commonpath([here, p])==p): continue # A loop
+        yield from _walk(root, bad, folder+e.name+b'/', above=(*above, here))
 
 def _rows(parts):
     "Rows of an index, sorted by name, from lists of (name, size, time)"

@@ -294,3 +294,11 @@ def test_folders_that_are_not_asked_for_stay(tmp_path):
     (tmp_path/'train/a/0.png').unlink()
     assert len(index_folder(tmp_path, only=['train']))==5
     assert len(index_folder(tmp_path))==5
+
+def test_links_that_lead_in_a_circle(tmp_path):
+    for a,b in ('ab','ba'):
+        (tmp_path/a).mkdir()
+        Image.new('RGB', (20,10)).save(tmp_path/a/'0.png')
+        (tmp_path/a/'link').symlink_to(tmp_path/b)
+    names = index_folder(tmp_path).table['name'].tolist()
+    assert names==[b'a/0.png', b'a/link/0.png', b'b/0.png', b'b/link/0.png']
