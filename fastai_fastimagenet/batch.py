@@ -7,13 +7,12 @@ __all__ = ['uniforms', 'RandomView', 'CentreView', 'ImageSource', 'make_batch', 
 
 # %% ../nbs/15_batch.ipynb #f92025d2
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np
 import torch
 from .decode import *
 from .table import *
-from .index import *
 
 # %% ../nbs/15_batch.ipynb #406b034d
 def uniforms(
@@ -104,8 +103,7 @@ def make_batch(
     rows = np.frombuffer(rows, np.int64)
     t = _table(source)[rows]
     turns = t['orientation'] if source.exif else np.ones(len(t), int)
-    w,h = (np.where(turns>=5, t[b], t[a]).astype(int) for a,b in (('width','height'),('height','width')))
-    boxes,flips = view.boxes(rows, w, h)
+    boxes,flips = view.boxes(rows, *upright_sizes(t, source.exif))
     x = torch.empty(len(rows), *view.shape, 3, dtype=torch.uint8)
     for out,row,box,turn,flip in zip(x, _stored(t), boxes.tolist(), turns.tolist(), flips.tolist()):
         try: pixels = _pixels(source, row, box, view, turn)

@@ -10,7 +10,6 @@ __all__ = ['JPEG', 'PROGRESSIVE', 'OTHER', 'RAW', 'Header', 'jpeg_header', 'open
 import io, math, os, re, time
 from collections import namedtuple
 from functools import lru_cache
-from pathlib import Path
 import numpy as np
 import simplejpeg, torch
 import torch.nn.functional as F
@@ -73,7 +72,7 @@ def read_header(
     "Header of the image file at `path`; errors of `open` and Pillow if it cannot be read"
     with io.FileIO(path) as f:
         b = f.read(2048)
-        if b[:2]==b'\xff\xd8': 
+        if b[:2]==b'\xff\xd8':
             if h := jpeg_header(b) or jpeg_header(b+f.readall()): return h
     with open_image(path) as im: return Header(OTHER, im.width, im.height, _orientation_of(im))
 
@@ -216,7 +215,6 @@ def _pixels(b, head, box, shape, exact):
     if head.kind==OTHER: return _decode_any(b, box)
     try: return _decode_jpeg(b, head, box, shape, exact)
     except ValueError: return _decode_any(b, box) # A sampling of the colours that simplejpeg does not know
-
 
 def read_file(
     path

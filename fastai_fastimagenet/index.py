@@ -132,9 +132,7 @@ class ImageIndex:
         exif:bool=False # Of the upright pictures?
     )->tuple: # Widths, heights (pixels)
         "Size of each picture"
-        w,h,turn = self.table['width'],self.table['height'],self.table['orientation']>=5
-        if exif: w,h = np.where(turn, h, w),np.where(turn, w, h)
-        return w.astype(np.int64),h.astype(np.int64)
+        return upright_sizes(self.table, exif)
 
 def _is_raw(table): return len(table)>0 and table['kind'][0]==RAW
 
