@@ -1463,6 +1463,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastai_fastimagenet/pool.py'),
                                           'fastai_fastimagenet.pool._end': ('pool.html#_end', 'fastai_fastimagenet/pool.py'),
                                           'fastai_fastimagenet.pool._end_all': ('pool.html#_end_all', 'fastai_fastimagenet/pool.py'),
+                                          'fastai_fastimagenet.pool._mask': ('pool.html#_mask', 'fastai_fastimagenet/pool.py'),
                                           'fastai_fastimagenet.pool._one_thread': ('pool.html#_one_thread', 'fastai_fastimagenet/pool.py'),
                                           'fastai_fastimagenet.pool._same': ('pool.html#_same', 'fastai_fastimagenet/pool.py'),
                                           'fastai_fastimagenet.pool._worker_init': ( 'pool.html#_worker_init',

@@ -75,15 +75,15 @@ def _manifest(rows, raw):
 def write_file(
     file,
     data, # Its bytes
-    tmp, # A file on the same disk
     mtime:int=None # Time that it gets (ns)
 ):
-    "Write `file` so that it is there as a whole or not at all"
-    with open(tmp, 'wb') as f:
+    "Write `file` so that it is there as a whole or not at all; what a killed process left of it is written over when it is made again"
+    part = f'{file}.part'
+    with open(part, 'wb') as f:
         f.write(data)
         f.flush()
         if mtime is not None: os.utime(f.fileno(), ns=(mtime,mtime))
-    os.replace(tmp, file)
+    os.replace(part, file)
 
 # %% ../nbs/14_copies.ipynb #7292e71c
 _largest = 2**34 # Bytes of a pixel file
@@ -173,8 +173,7 @@ class CopySet:
                 if f.stat().st_size!=n: os.truncate(f, n)
 
     def finish(self,
-        bad:dict, # Name -> reason, of files that could not be read
-        tmp:Path # For the manifest while it is written
+        bad:dict # Name -> reason, of files that could not be read
     ):
         "Remove what has no source any more, write index and manifest if they change"
         rows = self.rows
@@ -187,7 +186,7 @@ class CopySet:
         text,file = _manifest(lines, self.raw),self.folder/'manifest.csv'
         if file.exists() and file.read_bytes()==text and (self.folder/index_name).exists(): return
         save_index(self.folder, self._table(good))
-        write_file(file, text, tmp)
+        write_file(file, text)
 
     def _remove(self, name):
         (self.folder/name).unlink(missing_ok=True)

@@ -13,12 +13,18 @@ import torch
 from torch.utils.data import DataLoader as TorchDataLoader, Dataset
 
 # %% ../nbs/12_pool.ipynb #84748baa
+_signals = [getattr(signal, o) for o in ('SIGTERM','SIGINT','SIGUSR1') if hasattr(signal, o)]
+
+def _mask(how, signals=_signals):
+    "Hold signals back, or not; returns those that were. Windows cannot"
+    return signal.pthread_sigmask(getattr(signal, how), signals) if hasattr(signal, 'pthread_sigmask') else ()
+
 def _worker_init(_):
     # A signal to the whole process group must not end the workers before the process that they serve has saved; a minute later it does
     signal.signal(signal.SIGTERM, lambda *args: signal.alarm(60))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for o in _signals[1:]: signal.signal(o, signal.SIG_IGN)
+    _mask('SIG_UNBLOCK')
     gc.freeze() # Garbage of the program is not collected here: iterators in it would try to end processes that are no children
-    if hasattr(signal, 'SIGUSR1'): signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 class _Jobs(Dataset):
     "What a worker sees of the pool: a job is the index, its result the item"
@@ -84,16 +90,19 @@ class WorkerPool:
 
     def _result(self, run):
         try:
-            if self.results is None: _running[self.key] = self._start()
+            if self.results is None: self._start()
             return next(res for r,res in self.results if r==run)
         except BaseException: # An interrupt too, which may have lost a result
             self.close()
             raise
 
     def _start(self):
-        return iter(TorchDataLoader(_Jobs(self.make, self.current), batch_size=None, sampler=_Feed(self), num_workers=self.workers, collate_fn=_same,
+        loader = TorchDataLoader(_Jobs(self.make, self.current), batch_size=None, sampler=_Feed(self), num_workers=self.workers, collate_fn=_same,
             pin_memory=self.pin_memory, prefetch_factor=math.ceil(self.ahead/self.workers), worker_init_fn=_worker_init,
-            generator=torch.Generator())) # Else it draws from the one that initializes models
+            generator=torch.Generator()) # Else it draws from the one that initializes models
+        before = _mask('SIG_BLOCK') # A worker that is still starting must not be ended by them either
+        try: _running[self.key] = iter(loader)
+        finally: _mask('SIG_SETMASK', before)
 
     def _add(self, jobs):
         self.n_runs += 1
@@ -131,7 +140,9 @@ _keys,_running = count(),{} # Not in the pools: garbage that lies in a cycle has
 
 def _end(key):
     it = _running.pop(key, None)
-    if it is not None: it._shutdown_workers() # Also when a traceback still holds it
+    if it is None: return
+    try: it._shutdown_workers() # Also when a traceback still holds it
+    except RuntimeError: pass # One had died; PyTorch's handler says so a second time, wherever the program is
 
 @atexit.register # Before PyTorch and multiprocessing clean up, who would wait for processes that do not mind SIGTERM
 def _end_all():

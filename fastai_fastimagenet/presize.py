@@ -86,7 +86,7 @@ class Copier:
             data = copies.get(o.short, b'')
             row['bytes'],row['sha1'],row['error'] = len(data),'' if error else hashlib.sha1(data).hexdigest(),error
             if error: continue
-            if not self.raw: write_file(f'{o.folder}/{self.names[i]}', data, f'{self.dst}/.presize/tmp-{os.getpid()}', int(row['mtime']))
+            if not self.raw: write_file(f'{o.folder}/{self.names[i]}', data, int(row['mtime']))
             else:
                 with open(o.pixel_file(row['file']), 'r+b', buffering=0) as f:
                     if os.pwrite(f.fileno(), data, int(row['offset']))!=len(data): raise OSError(f'{f.name}: the disk is full')
@@ -187,7 +187,7 @@ def presize(
 
 def _presize(src, dst, sizes, settings, workers, strict):
     began,state = time.time(),dst/'.presize'
-    for f in [*state.glob('tmp-*'), *(f for s in sizes for f in (dst/str(s)).glob(f'{index_name}.*'))]: f.unlink()
+    for f in [f for s in sizes for f in (dst/str(s)).glob(f'{index_name}.*')]: f.unlink()
     index = index_folder(src, workers=workers)
     if len(index)==0 or index.table['kind'][0]==RAW: raise ValueError(f'{src} holds no pictures that can be read')
     at = {os.fsdecode(n): i for i,n in enumerate(index.table['name'].tolist())}
@@ -201,12 +201,12 @@ def _presize(src, dst, sizes, settings, workers, strict):
     if strict: _stop(src, failed)
     if len(copier.todo):
         _check_space(copier)
-        write_file(state/'settings.json', json.dumps(settings).encode(), state/'tmp-settings')
+        write_file(state/'settings.json', json.dumps(settings).encode())
         for o in sets: o.prepare(copier.todo)
         new,unread = _copy(copier, workers, len(failed), strict)
         failed,bad = failed|new|unread,bad|unread
         for o in sets: o.read_journal(state/'journal', at)
-    for o in sets: o.finish(bad, state/'tmp-manifest')
+    for o in sets: o.finish(bad)
     (state/'journal').unlink(missing_ok=True)
     mb = sum(int(o.rows['bytes'].sum()) for o in sets)/1e6
     print(f'{len(index)+len(index.bad)} pictures, {len(copier.todo)-len(new)-len(unread)} of them copied now; {mb:,.1f} MB in {", ".join(str(o.folder) for o in sets)}; '

@@ -1,6 +1,7 @@
 "Loaders of a folder: what a batch is, how epochs follow each other, and everything that fastai does with them"
-import copy, gc, itertools, math, os, pickle, shutil, time
+import copy, gc, itertools, math, os, pickle, shutil, subprocess, sys, time
 from collections import Counter
+from multiprocessing.util import Finalize
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
@@ -259,6 +260,35 @@ def test_a_killed_worker_is_noticed():
     pool = WorkerPool(os._exit, 1)
     with pytest.raises(RuntimeError, match='DataLoader worker'): list(pool.run([(9,)]))
     pool.close()
+
+@pytest.mark.parametrize('sig', ('SIGINT','SIGTERM','SIGUSR1'))
+def test_a_signal_to_the_group_while_workers_start(sig):
+    code = f"""
+import os, signal, time
+from fastai_fastimagenet.pool import WorkerPool
+caught = []
+signal.signal(signal.{sig}, lambda *args: caught.append(1))
+def in_worker():
+    signal.signal(signal.{sig}, signal.SIG_DFL)
+    time.sleep(.5)
+os.register_at_fork(after_in_parent=lambda: os.killpg(0, signal.{sig}), after_in_child=in_worker)
+pool = WorkerPool(abs, 2)
+assert list(pool.run([(-1,), (-2,)]))==[1, 2] and caught
+pool.close()"""
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert r.returncode==0, r.stderr
+
+def fails_at_its_end(x):
+    Finalize(None, os._exit, args=(1,), exitpriority=0)
+    return x
+
+def test_closing_does_not_mind_a_worker_that_dies():
+    pool = WorkerPool(fails_at_its_end, 2)
+    for k in range(2):
+        assert list(pool.run([(k,)]))==[k]
+        pids = [w.pid for w in pool.results._workers]
+        pool.close()
+        assert not any(Path(f'/proc/{p}').exists() for p in pids)
 
 def test_runs_inside_runs(dls):
     "Two loaders that take turns, and an evaluation in the middle of an epoch, give the batches that they give alone"

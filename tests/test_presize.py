@@ -262,7 +262,8 @@ def test_one_run_at_a_time(small, tmp_path, monkeypatch):
 def test_leftovers_are_removed(small, tmp_path):
     presize(small, tmp_path/'a', 32, workers=0)
     before = content(tmp_path/'a')
-    for n in ('.presize/tmp-123','32/.fastimagenet_index.npy.ab12'): (tmp_path/'a'/n).write_bytes(b'half')
+    (tmp_path/'a/32/.fastimagenet_index.npy.ab12').write_bytes(b'half')
+    (tmp_path/'a/32/train/c0/0.JPEG').rename(tmp_path/'a/32/train/c0/0.JPEG.part')
     presize(small, tmp_path/'a', 32, workers=0)
     assert content(tmp_path/'a')==before
 
