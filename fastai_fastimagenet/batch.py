@@ -104,7 +104,7 @@ def make_batch(
     t = _table(source)[rows]
     turns = t['orientation'] if source.exif else np.ones(len(t), int)
     boxes,flips = view.boxes(rows, *upright_sizes(t, source.exif))
-    x = torch.empty(len(rows), *view.shape, 3, dtype=torch.uint8)
+    x = torch.from_numpy(np.empty((len(rows),*view.shape,3), np.uint8)) # NumPy asks for huge pages
     for out,row,box,turn,flip in zip(x, _stored(t), boxes.tolist(), turns.tolist(), flips.tolist()):
         try: pixels = _pixels(source, row, box, view, turn)
         except Exception as e: # Decoders raise errors of many kinds
