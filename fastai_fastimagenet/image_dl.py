@@ -99,7 +99,7 @@ class ImageDL(TfmdDL):
         if not self.fake_l.num_workers: batches = WorkerPool(self.pool.make, 0).run(jobs)
         else: batches = self.pool.run(jobs, self.shuffle, partial(_jobs_of_next, weakref.ref(self), again or _epoch))
         for x,y in batches:
-            b = TensorImage(x),TensorCategory(y)
+            b = TensorImage(x),TensorCategory(y.copy())
             yield b if self.device is None else to_device(b, self.device, non_blocking=self.pool.pin_memory)
 
     def __iter__(self):
