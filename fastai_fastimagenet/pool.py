@@ -31,7 +31,12 @@ class _Jobs(Dataset):
     def __init__(self, make, current): self.make,self.current = make,current
     def __getitem__(self, job):
         run,*args = job
-        return run, self.make(*args) if run>=self.current.item() else None
+        try: return run, None if self._given_up(run) else self.make(*args)
+        except Exception:
+            if not self._given_up(run): raise
+            return run, None # Nobody waits for it
+
+    def _given_up(self, run): return run<self.current.item()
 
 # %% ../nbs/12_pool.ipynb #f79477fb
 def _one_thread(f, args):
