@@ -7,7 +7,7 @@ __all__ = ['uniforms', 'RandomView', 'CentreView', 'ImageSource', 'make_batch', 
 
 # %% ../nbs/15_batch.ipynb #f92025d2
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 import numpy as np
 import torch
@@ -42,6 +42,11 @@ class RandomView:
     flip:float=.5 # Share of pictures that are flipped
     exact = False
 
+    def shaped(self, shape:tuple):
+        "The same for pictures of `shape`, with crops of that aspect ratio"
+        k = shape[1]*self.shape[0]/(shape[0]*self.shape[1])
+        return replace(self, shape=shape, ratio=tuple(k*o for o in self.ratio))
+
     def boxes(self,
         rows:np.ndarray, # Numbers of the pictures (n,)
         w:np.ndarray, # Their widths (n,)
@@ -68,6 +73,8 @@ class CentreView:
     shape:tuple # Height, width (pixels)
     crop_pct:float=.875 # Share of the largest such crop that is kept
     exact = True
+
+    def shaped(self, shape): return replace(self, shape=shape)
 
     def boxes(self, rows, w, h):
         "As of `RandomView`; the same margin on both sides, no flips"

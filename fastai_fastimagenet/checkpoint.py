@@ -132,7 +132,7 @@ class Checkpoint(FitCallback):
         s,self.start = self.start,None
         if s and s['epoch']!=self.epoch: raise ValueError(f'The checkpoint is in epoch {s["epoch"]}, the fit starts in epoch {self.epoch}: leave out `start_epoch`')
         same = s and s['world']==self.world
-        self.learn.dl = RankDL(self.learn.dl, train=True, seed=(self.seed+self.epoch)%2**32, done=s['done'] if s else 0, on_step=self._step,
+        self.learn.dl = RankDL(self.learn.dl, train=True, seed=(self.seed+self.epoch)%2**32, cuts=s['cuts'] if s else (), on_step=self._step,
                                at_first=partial(set_rng_state, s['rng'][rank_distrib()]) if same else noop)
         if s: self._restore(s)
         if same:
@@ -145,20 +145,20 @@ class Checkpoint(FitCallback):
             if n in self._stateful(): self._stateful()[n].load_state_dict(state)
         say(f'Resumed from {self.file}: epoch {s["epoch"]}, {s["done"]} of {self.learn.dl.n} pictures done')
 
-    def before_batch(self): self.learn.iter += round(self.learn.dl.done/self.learn.dl.global_bs) # As if the epoch had not been broken off
+    def before_batch(self): self.learn.iter += self.learn.dl.steps_before() # As if the epoch had not been broken off
 
     def _stateful(self):
         "What else has a state: callbacks, and the scaler of mixed precision"
         res = {type(c).__name__: c for c in self.learn.cbs if hasattr(type(c), 'load_state_dict') and hasattr(type(c), 'state_dict')}
         return {**res, 'GradScaler':self.learn.scaler} if getattr(self.learn, 'scaler', None) else res
 
-    def _step(self, done, last):
-        "After a step, when `done` pictures of the epoch are done"
+    def _step(self, cuts, last):
+        "After a step, when so much of the epoch is done"
         self.wish = max(self.wish, self._agreed(last), int(last))
         accumulation = vars(self.learn).get('gradient_accumulation')
         stop = False
         if self.wish and not (accumulation and accumulation.count): # Gradients that wait for a step are not saved
-            self._save(done)
+            self._save(cuts)
             stop,self.wish = self.wish==2,0
         if stop: self._stop()
 
@@ -180,13 +180,13 @@ class Checkpoint(FitCallback):
         for work,_ in ready: work.wait()
         return max((int(t) for _,t in ready), default=0)
 
-    def _save(self, done):
-        began,self.saved_at = time.perf_counter(),time.monotonic()
+    def _save(self, cuts):
+        began,self.saved_at,done = time.perf_counter(),time.monotonic(),sum(n for _,n,_ in cuts)
         rng = gather(rng_state())
         file = self.folder/f'{self.epoch:04}-{done:09}.pt'
         if rank_distrib(): return setattr(self, 'file', file)
         named = self.learn.model.named_parameters()
-        state = plain_copy(dict(epoch=self.epoch, done=done, world=self.world, seed=self.seed, pct_train=self.learn.pct_train, train_iter=self.learn.train_iter,
+        state = plain_copy(dict(epoch=self.epoch, done=done, cuts=cuts, world=self.world, seed=self.seed, pct_train=self.learn.pct_train, train_iter=self.learn.train_iter,
             identity=self.identity, model=self.learn.model.state_dict(), opt={n: dict(s) for n,p in named if (s := opt_state(self.opt).get(p))},
             hypers=self._hypers(), recorder=recorder_state(self.recorder), cbs={n: c.state_dict() for n,c in self._stateful().items()}, rng=rng))
         self._join()

@@ -69,8 +69,6 @@ class ImageDL(TfmdDL):
         if type(c)==RectCrop and not p: return CentreView(c.shape or (c.size,c.size), c.crop_pct)
         if type(c)==RandomResizedCrop and split==0: return RandomView((c.size[1],c.size[0]), seed, c.min_scale, c.max_scale, tuple(c.ratio), p)
 
-    def batch_view(self, idxs, view): return view
-
     def made_by_pool(self)->bool:
         return isinstance(getattr(self.dataset, 'items', None), Pictures) and not self.before_batch.fs and self.view(0) is not None
 
@@ -78,24 +76,34 @@ class ImageDL(TfmdDL):
         if not self.shuffle: return list(range(self.n))
         return np.random.default_rng(self.rng.getrandbits(64)).permutation(self.n).tolist()
 
-    def jobs(self, idxs, seed):
-        "Arguments of `make_batch` for the pictures `idxs`"
-        view,pics,i = self.view(seed),self.dataset.items,np.asarray(idxs, np.int64)
-        rows,labels,batches = pics.rows[i],pics.labels[i],[slice(k, k+self.bs) for k in range(0, len(i), self.bs)]
-        return [(pics.source, rows[s].tobytes(), labels[s].tobytes(), self.batch_view(idxs[s], view)) for s in batches]
+    def batches(self,
+        idxs, # Pictures, in order
+        world:int=1, # Processes that share each batch, `bs` pictures for each
+        last:bool=True # Also a last, smaller batch?
+    )->list: # [(pictures, (height, width) or None for that of the transforms)]
+        "Cut `idxs` into batches"
+        n = self.bs*world
+        return [(idxs[k:k+n],None) for k in range(0, len(idxs) if last else len(idxs)//n*n, n)]
+
+    def jobs(self, batches, seed):
+        "Arguments of `make_batch` for `batches`"
+        view,pics = self.view(seed),self.dataset.items
+        views = {s: view.shaped(s) if s else view for s in {s for _,s in batches}}
+        idxs = [(np.asarray(i, np.int64),s) for i,s in batches]
+        return [(pics.source, pics.rows[i].tobytes(), pics.labels[i].tobytes(), views[s]) for i,s in idxs]
 
     def expect(self):
         "Let the pool prepare an epoch of this loader when one of the other kind ends, also the first time"
         self.pool.expect(self.shuffle, partial(_jobs_of_next, weakref.ref(self), _epoch))
 
     def raw_batches(self,
-        idxs:list=None, # Pictures, in order; by default those of a new epoch
+        batches:list=None, # As of `batches`; by default those of a new epoch
         seed:int=None, # Of the epoch
-        again=None # Function of a loader: `idxs` and `seed` of its next epoch
+        again=None # Function of a loader: `batches` and `seed` of its next epoch
     ):
         "Batches of bytes on the device, before any batch transform"
-        if idxs is None: idxs,seed = _epoch(self)
-        jobs = self.jobs(idxs, seed)
+        if batches is None: batches,seed = _epoch(self)
+        jobs = self.jobs(batches, seed)
         if not self.fake_l.num_workers: batches = WorkerPool(self.pool.make, 0).run(jobs)
         else: batches = self.pool.run(jobs, self.shuffle, partial(_jobs_of_next, weakref.ref(self), again or _epoch))
         for x,y in batches:
@@ -103,19 +111,20 @@ class ImageDL(TfmdDL):
             yield b if self.device is None else to_device(b, self.device, non_blocking=self.pool.pin_memory)
 
     def __iter__(self):
-        idxs,seed = _epoch(self) if self.made_by_pool() else (None,None)
-        if not hasattr(idxs, '__len__'): # E.g. `show_batch(unique=True)` asks for one picture without end
+        batches,seed = _epoch(self) if self.made_by_pool() else (None,None)
+        if batches is None:
             yield from super().__iter__()
             return
         self.before_iter()
-        for b in self.raw_batches(idxs, seed): yield self.after_batch(b)
+        for b in self.raw_batches(batches, seed): yield self.after_batch(b)
         self.after_iter()
 
 def _epoch(dl):
-    "Pictures and seed of a new epoch of `dl`"
+    "Batches and seed of a new epoch of `dl`"
     dl.randomize()
     idxs = dl.get_idxs()
-    return idxs[:len(idxs)//dl.bs*dl.bs] if dl.drop_last and hasattr(idxs, '__len__') else idxs, dl.rng.getrandbits(64)
+    batches = dl.batches(idxs, last=not dl.drop_last) if hasattr(idxs, '__len__') else None # `show_batch(unique=True)` asks for one picture without end
+    return batches,dl.rng.getrandbits(64)
 
 def _jobs_of_next(ref, epoch):
     "The jobs of the next epoch of a loader, if it is still there"

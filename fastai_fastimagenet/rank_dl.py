@@ -7,6 +7,7 @@ __all__ = ['train_share', 'valid_share', 'RankDL', 'items_digest']
 
 # %% ../nbs/17_rank_dl.ipynb #128de8da
 import signal, zlib
+from itertools import repeat
 from torch.utils.data import get_worker_info
 from .group import *
 from .image_dl import *
@@ -71,14 +72,15 @@ class RankDL(TfmdDL):
         world:int=None, # Processes; by default as many as there are
         train:bool=False, # Parts of global batches? Else whole batches
         seed:int=0, # Of the order, and of what is drawn for each picture in training; the same on all processes
-        done:int=0, # In training: pictures of the epoch that were seen before, by all processes together
-        on_step=noop, # Called after each training step, before the next batch, with the number of pictures done, and: was this the last step?
+        cuts=(), # In training: (processes, pictures, steps) each time that the epoch was broken off
+        on_step=noop, # Called after each training step, before the next batch, with what `cuts` would be now, and: was this the last step?
         at_first=noop # Called when the first batch is there, before its batch transforms
     ):
         if not isinstance(dl, DataLoader):
             raise ValueError(f'Only fastai loaders can be shared between processes, got {type(dl)}. Use `DataLoader` or `TfmdDL` of fastai.data')
         if dl.n is None or dl.bs is None: raise ValueError('A data set without a length, or a loader without a batch size, cannot be shared between processes')
-        self.dl,self.is_train,self.seed,self.done,self.on_step,self.at_first = dl,train,seed,done,on_step,at_first
+        self.dl,self.is_train,self.seed,self.cuts,self.on_step,self.at_first = dl,train,seed,list(cuts),on_step,at_first
+        self.planned,self.done = None,sum(n for _,n,_ in self.cuts) # Pictures of the epoch that were seen before, by all processes together
         self.rank,self.world = rank_distrib() if rank is None else rank, (num_distrib() or 1) if world is None else world
         self.keeps_last = self.world==1 and not dl.drop_last # A last, smaller batch needs nobody else
         self.dataset,self.pin_memory,self._device,self.num_workers,self.offs = dl.dataset,dl.pin_memory,dl.device,1,0
@@ -89,15 +91,36 @@ class RankDL(TfmdDL):
                              f'there are {self.n}. Use smaller batches or fewer processes')
 
     def __len__(self):
-        if self.is_train: return round(self.done/self.global_bs)+self.n_left()
+        if self.is_train: return self.steps_before()+self.n_left()
         n_batches = self.n//self.bs if self.drop_last else math.ceil(self.n/self.bs)
         return math.ceil(max(0, n_batches-self.rank)/self.world)
 
     global_bs = property(lambda self: self.bs*self.world)
 
+    def steps_before(self)->int:
+        "Training steps of the epoch that were done before, as so many processes count them"
+        return round(sum(world*n for world,_,n in self.cuts)/self.world)
+
     def n_left(self)->int:
         "Training steps that are left"
-        return (self.n-self.done)//self.global_bs + (self._tail()>0)
+        return len(self._shaped()) if self._has_shapes() else (self.n-self.done)//self.global_bs + (self._tail()>0)
+
+    def _has_shapes(self): return self.is_train and getattr(self.dl, 'has_shapes', False)
+
+    def _shaped(self):
+        "Global batches that are left, of a loader that gives each a shape: [(pictures, shape)]"
+        if self.planned is None: self.planned = self._plan() if self.done<self.n else []
+        return self.planned
+
+    def _plan(self):
+        batches,planned_for = [(self.order(),None)],None
+        for world,_,n in [*self.cuts,(self.world,0,0)]:
+            if world!=planned_for: batches,planned_for = self.dl.batches([i for b,_ in batches for i in b], world),world
+            batches = batches[n:]
+        if self.keeps_last or len({self.world, *(w for w,*_ in self.cuts)})>1: # A smaller one at the end, so that none is left out
+            batches = [(b[:len(b)//self.world*self.world],shape) for b,shape in batches]
+            return [(b,shape) for b,shape in batches if b]
+        return [(b,shape) for b,shape in batches if len(b)==self.world*self.dl.n_pictures(shape)]
 
     def _tail(self):
         "Size of a last, smaller batch; where the epoch was broken off between two global batches of this size, it leaves no picture out"
@@ -115,22 +138,32 @@ class RankDL(TfmdDL):
 
     def get_idxs(self):
         "The share of this process; `idxs` keeps it"
+        if self._has_shapes():
+            self.idxs = [i for b,_ in self.share() for i in b]
+            return self.idxs
         idxs = self.order()[self.done:]
         self.idxs = (train_share if self.is_train else valid_share)(idxs, self.bs, self.rank, self.world)
         if self.is_train and (k := self._tail()): self.idxs += idxs[len(idxs)//self.global_bs*self.global_bs:][self.rank*k:(self.rank+1)*k]
         return self.idxs
 
+    def share(self)->list:
+        "The batches of this process: [(pictures, shape or None)]"
+        def part(b): return b[self.rank*len(b)//self.world:(self.rank+1)*len(b)//self.world]
+        return [(part(b),shape) for b,shape in self._shaped()] if self._has_shapes() else self.dl.batches(self.get_idxs())
+
     def __iter__(self):
-        n = 0
-        for n,b in enumerate(self._batches(), 1):
+        n = pictures = 0
+        sizes = [len(b) for b,_ in self._shaped()] if self._has_shapes() else repeat(self.global_bs)
+        for n,(b,size) in enumerate(zip(self._batches(), sizes), 1):
             yield b
-            if n<self.n_left(): self.on_step(self.done+n*self.global_bs, False)
+            pictures += size
+            if n<self.n_left(): self.on_step([*self.cuts,(self.world,pictures,n)], False)
         if not n: self.at_first()
         if not self.is_train: return
         if n!=self.n_left():
             raise RuntimeError(f'Rank {self.rank} made {n} batches of {self.n_left()}: items were skipped. Every process must take '
                                'the same number of steps; leave out bad items before training')
-        self.on_step(self.n, True)
+        self.on_step([*self.cuts,(self.world,self.n-self.done,n)], True)
 
     def _pooled(self): return isinstance(self.dl, ImageDL) and self.dl.made_by_pool()
 
@@ -138,7 +171,7 @@ class RankDL(TfmdDL):
         if not self._pooled(): return super().__iter__()
         self.before_iter()
         again = partial(_next_epoch, self.rank, self.world, self.is_train, (self.seed+self.is_train)%2**32)
-        return map(self.after_batch, self.dl.raw_batches(self.get_idxs(), self.seed, again))
+        return map(self.after_batch, self.dl.raw_batches(self.share(), self.seed, again))
 
     def create_batches(self, samps):
         if not self.is_train: return self.dl.create_batches(samps)
@@ -169,9 +202,8 @@ class RankDL(TfmdDL):
         return to_detach(b, cpu, False)
 
 def _next_epoch(rank, world, train, seed, dl):
-    "Pictures and seed of the next epoch of a `RankDL`, for `ImageDL.raw_batches`"
-    nxt = RankDL(dl, rank, world, train, seed)
-    return nxt.get_idxs(),seed
+    "Batches and seed of the next epoch of a `RankDL`, for `ImageDL.raw_batches`"
+    return RankDL(dl, rank, world, train, seed).share(),seed
 
 # %% ../nbs/17_rank_dl.ipynb #f5caa70f
 def items_digest(

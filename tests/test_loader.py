@@ -67,7 +67,7 @@ def test_processes_share_the_epoch_of_one(small_photos, workers):
     parts = [batches(RankDL(dls.train, r, 2, train=True, seed=7)) for r in range(2)]
     assert len(one)==len(parts[0])==len(parts[1])==25
     for (x,y),a,b in zip(one, *parts): assert torch.equal(x, torch.cat([a[0],b[0]])) and torch.equal(y, torch.cat([a[1],b[1]]))
-    again = batches(RankDL(dls.train, 1, 2, train=True, seed=7, done=16*20))
+    again = batches(RankDL(dls.train, 1, 2, train=True, seed=7, cuts=[(2,16*20,10)]))
     assert same(again, parts[1][20:])
     dls.pool.close()
 
