@@ -15,7 +15,10 @@ from .resize import ProgressiveResize
 from .batchsize import DynamicBatchSize
 from .warmup import LRWarmup, PhaseLR
 from .weight_decay import BNWeightDecayExclusion
-from .rectval import RectValidation, rect_dl
+from .rectval import RectValidation, rect_dl, centre_dl
+from .recttrain import RectTraining
+from .fixres import find_test_size, hold_out
+from .ema import WeightEMA
 from .live import LiveView
 from .monitor import EpochLog, TimeToAccuracy, FiniteLoss
 from .tensorboard import TensorBoard

@@ -1,5 +1,5 @@
 "What the processes of tests/test_distributed.py do: `python ddp_cases.py CASES FOLDER`, alone or started by a launcher"
-import hashlib, json, os, random, sys, warnings
+import hashlib, json, os, random, shutil, sys, warnings
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
@@ -252,6 +252,32 @@ def phases():
             else: learn.fit_phases(sched, cbs=log, timeout=1)
         res.append(dict(weights=gather(sha(*learn.model.parameters())), rows=[[r['size'],r['bs']] for r in log.rows]))
     return res
+
+class EveryStep(FitCallback):
+    "What each process trains on"
+    run_valid = False
+    def before_fit(self): self.seen = []
+    def before_batch(self): self.seen.append((self.epoch,*self.x.shape[2:],len(self.x)))
+
+def rectangles():
+    "Rectangular training, with sizes and batches that change, workers, and averaged weights that are evaluated"
+    folder = out/'pictures_in_folders'
+    if not rank:
+        for i,f in enumerate(sorted((out/'pictures').glob('*.jpg'))[:160]):
+            to = folder/('val' if i%5==0 else 'train')/label(f)/f.name
+            to.parent.mkdir(parents=True, exist_ok=True)
+            if not to.exists(): shutil.copy(f, to)
+    gather(0)
+    set_seed(7)
+    learn = learner(imagenet_dls(folder, 32, 8, min_scale=.35, workers=1), metrics=[accuracy])
+    steps,ema,averages = EveryStep(),WeightEMA(.9),[]
+    def note(self): averages.append(sha(*self.learn.model.state_dict().values()))
+    with learn.ddp(timeout=1), learn.no_bar(), learn.no_logging():
+        learn.fit(3, .02, cbs=[RectTraining({0:True, 2:False}), ProgressiveResize({0:32, 1:64}), DynamicBatchSize({0:8, 1:4}), RectValidation(), steps, ema,
+                               Callback(before_validate=note)])
+        value = learn.validate()[0]
+    learn.dls.pool.close()
+    return dict(steps=gather(steps.seen), averages=gather(averages), weights=gather(sha(*learn.model.state_dict().values())), value=gather(float(value).hex()))
 
 if __name__=='__main__':
     cases = sys.argv[1].split(',')

@@ -5,7 +5,7 @@ from torch import nn
 from fastai_fastimagenet import group
 from procs import here, launcher, run
 
-cases = 'evaluate,evaluate_workers,equal,matrix,options,starts_equal,phases,corners'
+cases = 'evaluate,evaluate_workers,equal,matrix,options,starts_equal,phases,corners,rectangles'
 worlds = pytest.mark.parametrize('world', [2,3])
 
 @pytest.fixture(scope='session')
@@ -108,6 +108,16 @@ def test_fit_phases(results, folder, world):
     assert plain['weights']==inside['weights'] and len(set(plain['weights']))==1 and len(plain['weights'])==world
     assert plain['rows']==[[24,4],[32,8]]
     assert len((folder/f'log_{world}_False.csv').read_text().splitlines())==3
+
+@pytest.mark.parametrize('world', [1,2,3])
+def test_rectangles(results, world):
+    "All processes have the same shape in each step, and evaluate the same average of the weights"
+    res = results('rectangles', world)
+    assert len(res['steps'])==world and all(s==res['steps'][0] for s in res['steps'])
+    assert len({tuple(s[1:3]) for s in res['steps'][0] if s[0]==1})>=3 and {tuple(s[1:3]) for s in res['steps'][0] if s[0]==2}=={(64,64)}
+    assert all(s[1]%32==s[2]%32==0 and min(s[1:3])==(32,64,64)[s[0]] for s in res['steps'][0])
+    assert len(res['averages'][0])==3 and len(set(map(str, res['averages'])))==1
+    assert len(set(res['weights']))==1 and res['weights'][0]==res['averages'][0][-1] and len(set(res['value']))==1
 
 def test_refusals_are_said_by_all(results):
     res = results('refused', 2)
