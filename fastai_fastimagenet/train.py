@@ -26,6 +26,7 @@ from .loader import *
 from .group import *
 from .distributed import *
 from .rectval import *
+from .recttrain import *
 from .memory import *
 from .live import *
 from .monitor import *
@@ -112,8 +113,7 @@ def _say_start(dls, arch, sched, out):
 
 def _compare(learn, size):
     "Top-1 of `learn` on centre crops and on rectangles of the same size"
-    centre = learn.dls.valid.new(after_item=Pipeline([RectCrop(size), ToTensor()]))
-    with learn.no_logging(), learn.no_bar(): return [learn.validate(dl=dl)[1] for dl in (centre, rect_dl(learn.dls, size))]
+    with learn.no_logging(), learn.no_bar(): return [learn.validate(dl=f(learn.dls, size))[1] for f in (centre_dl,rect_dl)]
 
 def _finish(learn, sched, rows, stop, out):
     "Write `result.json`, print the last line"
@@ -141,6 +141,8 @@ def prepare(
     target_top1:float=None, # Stop when this share is right, e.g. .76
     target_top5:float=None, # Stop when this share is among the first five, e.g. .93
     init_bn0:bool=False, # Start residual blocks as nothing? resnet_small does anyway
+    label_smoothing:float=0, # Share of the target that is spread over all classes, e.g. .1
+    rect_train:bool=False, # Train on rectangles too?
     seed:int=0, # Seed of weights, order and crops
     workers:int=None, # Loader processes for each training process
     exif:bool=False, # Turn photos as their EXIF data say? ImageNet's models do not
@@ -160,25 +162,27 @@ def _settings(folder, given):
     "Those of the run in `folder`"
     text = gather((folder/'settings.json').read_text() if (folder/'settings.json').exists() else None)[0]
     if not text: raise ValueError(f'{folder} holds no run to resume: it has no settings.json')
-    given = {k: v for k,v in given.items() if v!=inspect.signature(prepare).parameters[k].default}
+    defaults = {k: p.default for k,p in inspect.signature(prepare).parameters.items() if k!='resume'}
+    given = {k: v for k,v in given.items() if v!=defaults[k]}
     if wrong := given.keys()-{'data','workers'}: raise ValueError(f'`--resume` takes the settings of the run: leave out {", ".join(sorted(wrong))}')
-    return {**json.loads(text), **given, 'out':folder}
+    return {**defaults, **json.loads(text), **given, 'out':folder}
 
 def _restarted(out):
     "Has torchrun started this again after a failure?"
     if not out and int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)): raise ValueError('A run that `--max-restarts` may start again needs `--out`, to find its checkpoints')
     return any(gather(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))>0)) # Agents count their own
 
-def _prepare(data, schedule, epochs, arch, target_top1, target_top5, init_bn0, seed, workers, exif, strict, precision, compress, out, checkpoint_minutes, going_on):
+def _prepare(data, schedule, epochs, arch, target_top1, target_top5, init_bn0, label_smoothing, rect_train, seed, workers, exif, strict, precision, compress, out, checkpoint_minutes, going_on):
     stop = None if target_top1 is None and target_top5 is None else TimeToAccuracy(target_top1, target_top5)
     if data not in _default_schedule: image_folder(data)
     table = get_schedule(schedule or _default_schedule.get(data), epochs)
     sched = for_world(table)
     if workers is not None and workers<0: raise ValueError(f'`workers` must be 0 or more, got {workers}')
     if arch: _check_arch(arch)
+    if not 0<=label_smoothing<1: raise ValueError(f'`label_smoothing` must be from 0 to below 1, got {label_smoothing}')
     precision,row = check_precision(precision),sched.at(0)
     settings = dict(data=str(data if data in _default_schedule else image_folder(data).resolve()), schedule=table.to_json(), epochs=None, arch=arch,
-                    target_top1=target_top1, target_top5=target_top5, init_bn0=init_bn0, seed=seed, workers=workers, exif=exif, strict=strict, precision=precision,
+                    target_top1=target_top1, target_top5=target_top5, init_bn0=init_bn0, label_smoothing=label_smoothing, rect_train=rect_train, seed=seed, workers=workers, exif=exif, strict=strict, precision=precision,
                     compress=compress, checkpoint_minutes=checkpoint_minutes)
     DDPTrainer(compress) # Says what is wrong with it
     out = Path(gather(out or f'runs/{Path(data).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}')[0])
@@ -191,7 +195,7 @@ def _prepare(data, schedule, epochs, arch, target_top1, target_top5, init_bn0, s
     if target_top5 is not None and dls.c<=5: raise ValueError(f'With {dls.c} classes top-5 says nothing: use `--target-top1`')
     arch = arch or ('resnet_small' if data=='photos' else 'resnet50')
     model = get_model(arch, dls.c).to(memory_format=torch.channels_last)
-    learn = Learner(dls, zero_init_residual(model) if init_bn0 else model, CrossEntropyLossFlat(), wd=1e-4,
+    learn = Learner(dls, zero_init_residual(model) if init_bn0 else model, _loss(label_smoothing), wd=1e-4,
                     opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9),
                     metrics=[accuracy, partial(top_k_accuracy, k=min(5, dls.c))])
     if precision!='fp32': learn.to_fp16() if precision=='fp16' else learn.add_cb(BF16())
@@ -203,12 +207,14 @@ def _prepare(data, schedule, epochs, arch, target_top1, target_top5, init_bn0, s
         (out/'machines.json').write_text(json.dumps([*starts, describe_machine()], indent=1))
         sched.save(out/'schedule.json')
     _say_start(dls, arch, sched, out)
-    return partial(_run, learn, sched, stop, check, compress, arch, out)
+    return partial(_run, learn, sched, stop, check, RectTraining() if rect_train else None, compress, arch, out)
 
-def _run(learn, sched, stop, check, compress, arch, out):
+def _loss(smoothing): return LabelSmoothingCrossEntropyFlat(eps=smoothing) if smoothing else CrossEntropyLossFlat()
+
+def _run(learn, sched, stop, check, rect, compress, arch, out):
     log = EpochLog(out/'history.csv')
     with learn.ddp(compress=compress), learn.no_logging(), nullcontext() if sys.stdout.isatty() else learn.no_bar(), warnings.catch_warnings():
-        try: learn.fit_phases(sched, cbs=L(log, stop, check, TensorBoard(out/'tensorboard'), LiveView(), AutoMicroBatch(), FiniteLoss()).filter())
+        try: learn.fit_phases(sched, cbs=L(log, stop, check, rect, TensorBoard(out/'tensorboard'), LiveView(), AutoMicroBatch(), FiniteLoss()).filter())
         finally:
             if not rank_distrib() and getattr(learn, 'train_iter', 0) and all(p.isfinite().all() for p in learn.model.parameters()): torch.save(dict(model=learn.model.state_dict(), arch=arch, classes=list(learn.dls.vocab)), out/'model.pth')
         return _finish(learn, sched, log.rows, stop, out)
