@@ -75,6 +75,25 @@ def test_target_and_epochs(tmp_path):
     assert json.loads((tmp_path/'b/result.json').read_text())['epochs']==2==Schedule.load(tmp_path/'b/schedule.json').n_epoch
     assert 'earlier run' in says(*args, '--out', tmp_path/'a')
 
+def test_smoothing_and_rectangles(small_photos, tmp_path):
+    "The options change the run, are kept for resuming, and settings of a version that did not know them do too"
+    sched = table(tmp_path/'s.json', Phase(2, size=32, bs=16, lr=.05))
+    args = '--data', small_photos, '--schedule', sched, '--arch', 'resnet_small', '--workers', 0
+    lines = []
+    for out,more in (('plain',()), ('smooth',('--label-smoothing', .1)), ('rect',('--rect-train',))):
+        run(*args, *more, '--out', tmp_path/out)
+        lines.append(list(csv.DictReader((tmp_path/out/'history.csv').open())))
+    plain,smooth,rect = [[float(r['train_loss']) for r in rows] for rows in lines]
+    assert smooth!=plain!=rect
+    file = tmp_path/'rect/settings.json'
+    settings = json.loads(file.read_text())
+    assert settings['rect_train'] is True and settings['label_smoothing']==0
+    file.write_text(json.dumps({k: v for k,v in settings.items() if k!='label_smoothing'}))
+    for f in (tmp_path/'rect/checkpoints').glob('0001*'): f.unlink() # As if it had been killed in the second epoch
+    assert 'Resumed from' in run('--resume', tmp_path/'rect').stdout
+    again = list(csv.DictReader((tmp_path/'rect/history.csv').open()))
+    assert [r['train_loss'] for r in again]==[r['train_loss'] for r in lines[2]]
+
 def test_interrupt(tmp_path):
     "Ctrl-C in the middle: one line, and history, table and model up to there"
     data,sched = folder(tmp_path/'d'),table(tmp_path/'s.json', Phase(10_000, size=32, bs=4, lr=.01))
@@ -134,6 +153,7 @@ def test_bad_input(tmp_path):
     assert 'auxiliary outputs' in says(*ok[:4], '--arch', 'googlenet', '--out', tmp_path/'o')
     assert 'top-5 says nothing' in says(*ok, '--target-top5', .5)
     assert '`top1` must be' in says(*ok, '--target-top1', 0)
+    assert '`label_smoothing` must be' in says(*ok, '--label-smoothing', 1)
     (tmp_path/'file').write_text('')
     assert 'file' in says(*ok[:6], '--out', tmp_path/'file')
     assert 'e.g. .93 for 93 %' in says(*ok, '--target-top5', 93)
