@@ -147,21 +147,21 @@ def accuracies(model, path):
 
 target = .86 # Top-1 with the centre crop, median of the seeds
 seeds,tune_seeds = range(5),(100,)
-n_full = 7 # Epochs of the variations
+n_full = 8 # Epochs of the variations
 arms = { # Name: function, learning rate, numbers of epochs, arguments
     'fastai': (fit_fastai, 8e-3, (8,9), {}),
     'torchvision': (fit_torchvision, .2, (8,9), {}),
     'control': (fit_control, 8e-3, (6,7,8), {}),
-    'full': (fit_full, 8e-3, (6,7,8), {}),
-    'full - small pictures': (fit_full, 8e-3, (n_full,), dict(sizes=(128,)*3)),
-    'full - warm-up': (fit_full, 8e-3, (n_full,), dict(warm=False)),
-    'full - milder crops': (fit_full, 8e-3, (n_full,), dict(min_scale=(.35,)*3)),
-    'full - label smoothing': (fit_full, 8e-3, (n_full,), dict(smooth=0)),
-    'full - channels_last': (fit_full, 8e-3, (n_full,), dict(channels_last=False)),
-    'full + averaged weights': (fit_full, 8e-3, (n_full,), dict(cbs=(partial(WeightEMA, .99),))),
-    'full + larger batches': (fit_full, 8e-3, (n_full,), dict(bs=(64,32,32))),
-    'full + blur': (fit_full, 8e-3, (n_full,), dict(blur=True)),
-    'full + rectangles': (fit_full, 8e-3, (n_full,), dict(cbs=(RectTraining,))),
+    'full': (fit_full, 1.6e-2, (7,8,9), {}),
+    'full - small pictures': (fit_full, 1.6e-2, (n_full,), dict(sizes=(128,)*3)),
+    'full - warm-up': (fit_full, 1.6e-2, (n_full,), dict(warm=False)),
+    'full - milder crops': (fit_full, 1.6e-2, (n_full,), dict(min_scale=(.35,)*3)),
+    'full - label smoothing': (fit_full, 1.6e-2, (n_full,), dict(smooth=0)),
+    'full - channels_last': (fit_full, 1.6e-2, (n_full,), dict(channels_last=False)),
+    'full + averaged weights': (fit_full, 1.6e-2, (n_full,), dict(cbs=(partial(WeightEMA, .99),))),
+    'full + larger batches': (fit_full, 1.6e-2, (n_full,), dict(bs=(64,32,32))),
+    'full + blur': (fit_full, 1.6e-2, (n_full,), dict(blur=True)),
+    'full + rectangles': (fit_full, 1.6e-2, (n_full,), dict(cbs=(RectTraining,))),
     'full + SGD for Adam': (fit_full, .1, (n_full,), dict(opt=sgd))}
 grids = {'fastai': (4e-3,8e-3,1.6e-2), 'torchvision': (.05,.1,.2), 'control': (4e-3,8e-3,1.6e-2), 'full': (4e-3,8e-3,1.6e-2)} # For --tune
 tune_epochs = {'fastai': 8, 'torchvision': 9, 'control': 7, 'full': 7}
