@@ -132,17 +132,22 @@ class Checkpoint(FitCallback):
         s,self.start = self.start,None
         if s and s['epoch']!=self.epoch: raise ValueError(f'The checkpoint is in epoch {s["epoch"]}, the fit starts in epoch {self.epoch}: leave out `start_epoch`')
         same = s and s['world']==self.world
-        self.learn.dl = RankDL(self.learn.dl, train=True, seed=(self.seed+self.epoch)%2**32, cuts=s['cuts'] if s else (), on_step=self._step,
+        self.learn.dl = RankDL(self.learn.dl, train=True, seed=(self.seed+self.epoch)%2**32, cuts=self._cuts(s) if s else (), on_step=self._step,
                                at_first=partial(set_rng_state, s['rng'][rank_distrib()]) if same else noop)
         if s: self._restore(s)
         if same:
             for k,v in s['hypers'].items(): self.opt.set_hyper(k, v)
+
+    def _cuts(self, s):
+        "As of `RankDL`; older checkpoints say how many pictures are done"
+        return s.get('cuts') or [(s['world'], s['done'], round(s['done']/(s['world']*dl_layers(self.learn.dl)[-1].bs)))]
 
     def _restore(self, s):
         self.learn.pct_train,self.learn.train_iter = s['pct_train'],s['train_iter']
         set_recorder_state(self.recorder, s['recorder'])
         for n,state in s['cbs'].items():
             if n in self._stateful(): self._stateful()[n].load_state_dict(state)
+        self.learn.dl.planned = None # A callback may have changed the batch size
         say(f'Resumed from {self.file}: epoch {s["epoch"]}, {s["done"]} of {self.learn.dl.n} pictures done')
 
     def before_batch(self): self.learn.iter += self.learn.dl.steps_before() # As if the epoch had not been broken off

@@ -6,7 +6,7 @@
 __all__ = ['copy_size', 'resize_copy', 'journal_line', 'write_file', 'CopySet']
 
 # %% ../nbs/14_copies.ipynb #cdb7293f
-import csv, io, json, os
+import csv, io, json, os, zlib
 from itertools import chain
 from pathlib import Path
 import numpy as np
@@ -78,7 +78,8 @@ def write_file(
     mtime:int=None # Time that it gets (ns)
 ):
     "Write `file` so that it is there as a whole or not at all; what a killed process left of it is written over when it is made again"
-    part = f'{file}.part'
+    folder,name = os.path.split(file)
+    part = f'{folder}/.{zlib.crc32(os.fsencode(name)):08x}.part' # Short, because a name may be as long as it can be
     with open(part, 'wb') as f:
         f.write(data)
         f.flush()

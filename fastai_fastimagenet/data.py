@@ -44,6 +44,9 @@ class PhaseData(FitCallback):
         if vocab!=list(self.dls.vocab): raise ValueError(f'{path} has {len(vocab)} classes, {self.dls.path} has {len(self.dls.vocab)}; they must be the same. Call {make} again')
         (train,valid),(n_train,n_valid) = map(len, pictures),[len(ds) for ds in self.data['']]
         if valid!=n_valid: raise ValueError(f'{path} has {valid} validation pictures, {self.dls.path} has {n_valid}; accuracies would not be the same. Call {make} again')
+        if train!=n_train:
+            pictures[0] = pictures[0].only_of(self.data[''][0].items) # What was held out stays held out
+            train = len(pictures[0])
         if train!=n_train: say(f'{path} has {train} training pictures, {self.dls.path} has {n_train}. {make} brings the copies up to date')
         return [dataset(o, vocab, i) for i,o in enumerate(pictures)]
 

@@ -16,7 +16,7 @@ from fastai.callback.core import *
 # %% ../nbs/25_ema.ipynb #569c315d
 class WeightEMA(FitCallback):
     "Evaluate the exponential moving average of the weights, and leave it in the model after the fit (arxiv.org/abs/1803.05407 averages likewise)"
-    _stateattrs = ('average','raw') # Not pickled with the callback
+    _stateattrs = ('average','own') # Not pickled with the callback
     order,run_valid = -2,True # Before `ExactValidation` (-1), which compares the model of all processes
     def __init__(self,
         decay:float=.998 # Share of the average that a step keeps; less in the first steps, (1+n)/(10+n) of n
@@ -25,27 +25,35 @@ class WeightEMA(FitCallback):
         self.decay = decay
 
     def before_fit(self):
-        self.average,self.raw = AveragedModel(self.learn.model, multi_avg_fn=self._average, use_buffers=True),None
-        self.on_exit(self._use_raw, self.learn)
+        self.own,self.evaluated = self.learn.model,False
+        self.average = AveragedModel(self.own, multi_avg_fn=self._average, use_buffers=True)
+        self.on_exit(self._use_own, self.learn)
 
     def _average(self, averages, values, n):
         n = int(n)
         get_ema_multi_avg_fn(min(self.decay, (1+n)/(10+n)))(averages, values, n)
 
-    def after_step(self): self.average.update_parameters(getattr(self.learn.model, 'module', self.learn.model))
+    def after_step(self): self.average.update_parameters(self.own)
 
     def before_validate(self):
-        if (num_distrib() or 1)>1: [dist.broadcast(b, 0) for b in self.average.module.buffers()] # As the model's own, which are those of the first process
-        self.raw,self.learn.model = self.learn.model,self.average.module.eval()
+        if num_distrib()>1: self._send_buffers()
+        self.learn.model,self.evaluated = self.average.module.eval(),True
 
-    def _use_raw(self, learn):
-        if self.raw is not None: learn.model,self.raw = self.raw,None
+    def _send_buffers(self):
+        "As the model's own, which are those of the first process"
+        for b in self.average.module.buffers():
+            dense = b.contiguous()
+            dist.broadcast(dense, 0)
+            if dense is not b: b.copy_(dense)
 
-    def after_validate(self): self._use_raw(self.learn)
+    def _use_own(self, learn):
+        if self.evaluated: learn.model,self.evaluated = self.own,False
+
+    def before_epoch(self): self._use_own(self.learn) # Not earlier: what saves a model after the epoch saves the one that was evaluated
 
     def after_fit(self):
-        self._use_raw(self.learn)
-        if self.average.n_averaged>0: self.learn.model.load_state_dict(self.average.module.state_dict())
+        self._use_own(self.learn)
+        if self.average.n_averaged>0: self.own.load_state_dict(self.average.module.state_dict())
 
     def state_dict(self): return self.average.state_dict()
     def load_state_dict(self, state): self.average.load_state_dict(state)

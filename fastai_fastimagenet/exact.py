@@ -8,6 +8,7 @@ __all__ = ['ExactValidation']
 # %% ../nbs/18_exact.ipynb #e372f736
 from .group import *
 from .rank_dl import *
+from itertools import islice
 import torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.core import *
@@ -93,9 +94,10 @@ class ExactValidation(Callback):
 
     def _replay(self, mets):
         "Let each of `mets` see what all processes predicted"
-        outs,bs = _in_turn(gather(self.outs)),self.dl.bs
+        outs,places = _in_turn(gather(self.outs)),iter(self.dl.idxs)
         if not outs: return # Data without targets
-        idxs = sum(_in_turn([list(chunked(o, bs)) for o in gather(self.dl.idxs)]), [])
+        own = [list(islice(places, find_bs(yb))) for _,yb,_ in self.outs]
+        idxs = sum(_in_turn(gather([*own, list(places)])), [])
         was = [getattr(self.learn, nm, None) for nm in ('xb','pred','yb','loss')] # A process without a batch has none
         for m in mets:
             m.reset()

@@ -8,6 +8,7 @@ __all__ = ['hold_out', 'find_test_size']
 # %% ../nbs/31_fixres.ipynb #4455f8de
 from .core import *
 from .sizing import *
+from .group import *
 from .index import *
 from .rect import *
 from .image_dl import *
@@ -44,7 +45,7 @@ def find_test_size(
     crop_pcts:tuple=(.875,1.) # Shares of the picture to try
 )->pd.DataFrame: # A row for each way to test, the best first: size (pixels), crop_pct, rect, top1, loss, pixels (of a picture, on average)
     "Top-1 and loss of `learn` with several image sizes, as centre crops and on rectangles; `ValueError` for the validation set"
-    if dl is learn.dls.valid: raise ValueError('An accuracy that was used to choose is too good: give pictures of their own, e.g. of `hold_out`, not the validation set')
+    if hasattr(dl, 'loaders') or dl.dataset is learn.dls.valid_ds: raise ValueError('An accuracy that was used to choose is too good: give pictures of their own, e.g. of `hold_out`, not the validation set')
     size = dl_size(dl)
     sizes = [size, *range(size//32*32+32, int(1.5*size)+1, 32)] if sizes is None else list(sizes)
     rows = [_test_as(learn, dl, s, p, rect) for s in sizes for p in crop_pcts for rect in (False,True)]
@@ -57,4 +58,4 @@ class _CountPixels(Callback):
 def _test_as(learn, dl, size, crop_pct, rect):
     dl,count = (rect_dl if rect else centre_dl)(dl, size, crop_pct=crop_pct),_CountPixels()
     with learn.no_bar(), learn.no_logging(): preds,targs,losses = learn.get_preds(dl=dl, with_loss=True, cbs=count)
-    return dict(size=size, crop_pct=crop_pct, rect=rect, top1=float((preds.argmax(1)==targs).float().mean()), loss=float(losses.mean()), pixels=count.n//len(targs))
+    return dict(size=size, crop_pct=crop_pct, rect=rect, top1=float((preds.argmax(1)==targs).float().mean()), loss=float(losses.mean()), pixels=sum(gather(count.n))//len(targs))

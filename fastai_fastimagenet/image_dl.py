@@ -42,7 +42,14 @@ class Pictures(list):
         w,h = self.index.sizes(self.source.exif)
         return w[self.rows]/h[self.rows]
 
-    def digest(self)->str: return digest([b'\n'.join(self.index.table['name'][self.rows].tolist()), self.labels.tobytes()])[:8]
+    def names(self)->np.ndarray: return self.index.table['name'][self.rows]
+
+    def only_of(self, other):
+        "Those whose names are among `other`, which may lie in another folder"
+        which = np.isin(self.names(), other.names())
+        return Pictures(self.index, self.rows[which], self.labels[which], self.source.exif)
+
+    def digest(self)->str: return digest([b'\n'.join(self.names().tolist()), self.labels.tobytes()])[:8]
 
 # %% ../nbs/16_image_dl.ipynb #b8bee72b
 class ImageDL(TfmdDL):

@@ -99,7 +99,7 @@ class RankDL(TfmdDL):
 
     def steps_before(self)->int:
         "Training steps of the epoch that were done before, as so many processes count them"
-        return round(sum(world*n for world,_,n in self.cuts)/self.world)
+        return round(sum(world*n for world,_,n in self.cuts)/self.world if self._has_shapes() else self.done/self.global_bs)
 
     def n_left(self)->int:
         "Training steps that are left"
@@ -114,8 +114,10 @@ class RankDL(TfmdDL):
 
     def _plan(self):
         batches,planned_for = [(self.order(),None)],None
-        for world,_,n in [*self.cuts,(self.world,0,0)]:
+        for world,pictures,n in [*self.cuts,(self.world,0,0)]:
             if world!=planned_for: batches,planned_for = self.dl.batches([i for b,_ in batches for i in b], world),world
+            if sum(len(b) for b,_ in batches[:n])!=pictures:
+                raise ValueError(f'The epoch was broken off after {pictures} pictures in {n} steps, which this loader would not have made: go on with the batch size, the shapes and the pictures that it began with')
             batches = batches[n:]
         if self.keeps_last or len({self.world, *(w for w,*_ in self.cuts)})>1: # A smaller one at the end, so that none is left out
             batches = [(b[:len(b)//self.world*self.world],shape) for b,shape in batches]
@@ -138,9 +140,6 @@ class RankDL(TfmdDL):
 
     def get_idxs(self):
         "The share of this process; `idxs` keeps it"
-        if self._has_shapes():
-            self.idxs = [i for b,_ in self.share() for i in b]
-            return self.idxs
         idxs = self.order()[self.done:]
         self.idxs = (train_share if self.is_train else valid_share)(idxs, self.bs, self.rank, self.world)
         if self.is_train and (k := self._tail()): self.idxs += idxs[len(idxs)//self.global_bs*self.global_bs:][self.rank*k:(self.rank+1)*k]
@@ -148,8 +147,11 @@ class RankDL(TfmdDL):
 
     def share(self)->list:
         "The batches of this process: [(pictures, shape or None)]"
+        if not self._has_shapes(): return self.dl.batches(self.get_idxs())
         def part(b): return b[self.rank*len(b)//self.world:(self.rank+1)*len(b)//self.world]
-        return [(part(b),shape) for b,shape in self._shaped()] if self._has_shapes() else self.dl.batches(self.get_idxs())
+        parts = [(part(b),shape) for b,shape in self._shaped()]
+        self.idxs = [i for b,_ in parts for i in b]
+        return parts
 
     def __iter__(self):
         n = pictures = 0

@@ -7,6 +7,7 @@ __all__ = ['RectTrainDL', 'RectTraining']
 
 # %% ../nbs/25_recttrain.ipynb #7edd10f0
 from .core import *
+from .sizing import *
 from .rect import *
 from .image_dl import *
 from fastai.basics import *
@@ -16,7 +17,7 @@ from fastai.vision.augment import *
 # %% ../nbs/25_recttrain.ipynb #738fc51b
 class RectTrainDL(ImageDL):
     "Training `ImageDL` whose batches have one of a few shapes, the one that suits their pictures"
-    has_shapes = True
+    has_shapes = property(lambda self: self.shuffle) # `get_preds` needs the pictures in order
     def __init__(self, dataset, bs=64, aspects=None, n_shapes=5, multiple=32, **kwargs):
         self.n_shapes,self.multiple,self._aspects,self._aspects_of,self._len = n_shapes,multiple,aspects,dataset,{}
         super().__init__(dataset, bs=bs, **kwargs)
@@ -41,11 +42,12 @@ class RectTrainDL(ImageDL):
         return train_shapes(self.aspects, self.size(), self.n_shapes, self.multiple)
 
     def n_pictures(self, shape)->int:
-        "How many pictures of `shape` have about as many pixels as `bs` squares"
-        return max(1, round(self.bs*self.size()**2/(shape[0]*shape[1])))
+        "How many pictures of `shape` have as many pixels as `bs` squares, or a little less"
+        return max(1, self.bs*self.size()**2//(shape[0]*shape[1]))
 
     def batches(self, idxs, world=1, last=True):
         "As of `ImageDL`; the smaller batch at the end has the most frequent shape"
+        if not self.has_shapes: return super().batches(idxs, world, last)
         idxs,shapes = np.asarray(idxs, int),self.shapes()
         group = nearest_shape(self.aspects[idxs], shapes)
         batches,rest = fill_batches(group, [world*self.n_pictures(s) for s in shapes])
@@ -78,6 +80,8 @@ class RectTraining(FitCallback):
         crop = [f for f in getattr(dl, 'after_item', Pipeline()).fs if type(f)==RandomResizedCrop]
         if not isinstance(dl, ImageDL) or not dl.made_by_pool() or not crop or crop[0].size[0]!=crop[0].size[1]:
             raise ValueError('`RectTraining` needs the loaders of `imagenet_dls`, with nothing but a square `RandomResizedCrop` and `FlipItem` as item transforms')
+        if any(map(sets_size, dl.after_batch.fs)): raise ValueError('A batch transform that sets a size would make squares of the rectangles: leave out its `size`')
+        if any(type(c).__name__=='DistributedTrainer' for c in self.learn.cbs): raise ValueError("`RectTraining` does not work in fastai's `distrib_ctx`. Use `with learn.ddp():` instead")
         with no_random(): self.rect = dl.new(cls=RectTrainDL, n_shapes=self.n_shapes, multiple=self.multiple) # fastai may look at a picture, with random transforms
         self.rect.rng = dl.rng
         self.on_exit(setattr, self.dls, 'loaders', list(self.dls.loaders)) # Now, before `DistributedTrainer` (11) wraps them

@@ -2,7 +2,7 @@
 import copy
 from collections import Counter
 import numpy as np, pytest, torch
-from fastai.vision.all import CancelFitException, Callback, CrossEntropyLossFlat, ImageDataLoaders, Learner, OptimWrapper, Resize, accuracy, partial, set_seed
+from fastai.vision.all import Callback, SaveModelCallback, CrossEntropyLossFlat, ImageDataLoaders, Learner, OptimWrapper, Resize, accuracy, partial, set_seed
 from fastai_fastimagenet.all import *
 from fastai_fastimagenet.core import FitCallback
 
@@ -57,7 +57,8 @@ def test_bad_input(dls, small_photos):
     for share in (0,1,-.1):
         with pytest.raises(ValueError, match='`share` must be between 0 and 1'): hold_out(dls, share)
     with pytest.raises(ValueError, match='fewer than a batch of 16'): hold_out(dls, .99)
-    with pytest.raises(ValueError, match='not the validation set'): find_test_size(learner(dls), dls.valid)
+    for dl in (dls, dls.valid, rect_dl(dls), dls.valid.new()):
+        with pytest.raises(ValueError, match='not the validation set'): find_test_size(learner(dls), dl)
     with pytest.raises(ValueError, match='`decay` must be between 0 and 1'): WeightEMA(1.)
 
 class Steps(FitCallback):
@@ -81,17 +82,23 @@ def test_average_of_weights(dls):
     assert len(steps.after)==50 and not same(steps.after[-1], steps.evaluated[-1], 1e-5)
     assert learn.model is model and same(learn.model.state_dict(), steps.evaluated[-1])
 
+def test_the_model_that_is_saved_is_the_one_that_was_evaluated(dls, tmp_path):
+    learn,steps = learner(dls),Steps()
+    learn.path = tmp_path
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=[WeightEMA(.9), SaveModelCallback(monitor='valid_loss', every_epoch=True), steps])
+    for k in range(2): assert same(torch.load(tmp_path/f'models/model_{k}.pth'), steps.evaluated[k])
+
 def test_a_stopped_fit_keeps_its_weights(dls):
     "Also one that is stopped while the average is evaluated"
     for event in ('after_batch','before_validate','after_pred'):
         learn = learner(dls)
-        model,n = learn.model,[0]
+        model,n,before = learn.model,[0],copy.deepcopy(learn.model.state_dict())
         def stop(self, event=event):
             n[0] += 1
             if n[0]>(3 if event!='after_pred' else 26): raise KeyboardInterrupt
             if event=='before_validate': raise KeyboardInterrupt
         with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt): learn.fit(1, 1e-2, cbs=[WeightEMA(), Callback(**{event: stop})])
-        assert learn.model is model
+        assert learn.model is model and not same(before, model.state_dict(), 1e-5)
 
 def test_going_on_with_averages(dls, tmp_path):
     class StopAt(FitCallback):

@@ -1,9 +1,9 @@
 "Rectangular training: shapes, plans for any number of processes, crops, going on after a stop"
-import random
+import random, shutil
 from collections import Counter
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
-from fastai.vision.all import CrossEntropyLossFlat, ImageDataLoaders, Learner, OptimWrapper, RandomResizedCrop, Resize, noop, partial, set_seed
+from fastai.vision.all import Callback, CrossEntropyLossFlat, F1Score, ImageDataLoaders, aug_transforms, Learner, OptimWrapper, RandomResizedCrop, Resize, noop, partial, set_seed
 from fastai_fastimagenet.all import *
 from fastai_fastimagenet.batch import CentreView, RandomView
 from fastai_fastimagenet.core import FitCallback
@@ -49,7 +49,7 @@ def test_shapes_are_the_best():
 
 @pytest.mark.parametrize('size', [64,96,128,160,224,288])
 def test_kept_area(size):
-    "With five shapes more than .78 of the area; of ImageNet's kind of pictures the square keeps about .74"
+    "With five shapes more than .88 of the area (.78 were asked for); of ImageNet's kind of pictures the square keeps about .74"
     photo = [w/h for w,h in (render(i, short=40)[0].size for i in range(300))]
     for aspects in (photo,imagenet_like):
         shapes = train_shapes(aspects, size, 5)
@@ -86,7 +86,7 @@ def test_a_thousand_tables_on_up_to_eight_processes(dls):
         assert set(seen.values())=={1} and dl.n-len(seen)<world*max(map(dl.n_pictures, dl.shapes()))
         assert [len(r) for r in ranks]==[len(shares[0])]*world
         pixels = [len(b)*s[0]*s[1] for b,s in shares[0]]
-        assert all(abs(p-dl.bs*size**2)<=s[0]*s[1]/2+1 or len(b)==1 for p,(b,s) in zip(pixels, shares[0]))
+        assert all(0<=dl.bs*size**2-p<s[0]*s[1] or len(b)==1 for p,(b,s) in zip(pixels, shares[0]))
 
 def test_order_is_random_and_of_the_seed(dls):
     dl = rect_of(dls)
@@ -138,7 +138,7 @@ def test_fit(small_photos, workers):
     for e,size,bs in ((0,32,16), (1,32,8), (2,64,8)):
         shapes = {s[3:]: s[1] for s in seen if s[0]==e}
         assert 3<=len(shapes)<=5 and all(min(s)==size and s[0]%32==s[1]%32==0 for s in shapes)
-        assert all(n==max(1, round(bs*size**2/(s[0]*s[1]))) for s,n in shapes.items())
+        assert all(n==max(1, bs*size**2//(s[0]*s[1])) for s,n in shapes.items())
     assert {s[1:] for s in seen if s[0]==3}=={(8,3,64,64)}
     assert learn.train_iter==len(seen) and type(learn.dls.train).__name__=='ImageDL' and learn.dls.train.bs==16
     if workers: assert sum(guessed)>=len(guessed)/2
@@ -165,12 +165,44 @@ def test_a_stopped_run_goes_on(dls, tmp_path):
     assert other.train_iter==whole.train_iter
     assert all(torch.equal(p, q) for p,q in zip(whole.model.state_dict().values(), other.model.state_dict().values()))
 
+def test_another_batch_size_cannot_go_on(dls):
+    "In the middle of an epoch of rectangles; without them it can"
+    dl = rect_of(dls)
+    first = RankDL(dl, 0, 2, train=True, seed=5)
+    cuts = [(2, 2*sum(len(b) for b,_ in first.share()[:3]), 3)]
+    dl.bs = 8
+    with pytest.raises(ValueError, match='was broken off after'): RankDL(dl, 0, 2, train=True, seed=5, cuts=cuts)
+    dls.train.bs = 8
+    plain = RankDL(dls.train, 0, 1, train=True, seed=5, cuts=[(2, 96, 3)])
+    assert plain.steps_before()==12 and len(plain)==50
+
+def test_predictions_in_order(dls):
+    "A loader of rectangles that does not shuffle gives the pictures as they come"
+    learn,dl = learner(dls),rect_of(dls)
+    with learn.no_bar(): targs = learn.get_preds(dl=dl)[1]
+    assert targs.tolist()==dls.train_ds.items.labels.tolist()
+
+def test_copies_keep_out_what_was_held_out(small_photos, tmp_path):
+    from fastai_fastimagenet.presize import presize
+    shutil.copytree(small_photos, tmp_path/'d')
+    presize(tmp_path/'d', short=40, workers=0)
+    dls,names = imagenet_dls(tmp_path/'d', 32, 16, workers=0),set()
+    held = hold_out(dls, .5)
+    class Note(FitCallback):
+        run_valid = False
+        def before_train(self): names.update(self.learn.dls.train.dataset.items.names().tolist())
+    learn = learner(dls)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[PhaseData({0:'-sz/40'}), RectTraining(), Note()])
+    assert len(names)==200 and not names&set(held.dataset.items.names().tolist())
+
 def test_bad_input(dls, small_photos):
     for kwargs,message in ((dict(n_shapes=0),'`n_shapes`'), (dict(multiple=1.5),'`multiple`'), (dict(epochs={0:1}),'True or False'), (dict(epochs=-1),'not an epoch')):
         with pytest.raises(ValueError, match=message): RectTraining(**kwargs)
     others = [ImageDataLoaders.from_folder(small_photos, valid='val', item_tfms=Resize(32), bs=8, num_workers=0),
               imagenet_dls(small_photos, 64, 16, workers=0)]
     others[1].train.after_item.add(RandomResizedCrop(32))
+    with (learn := learner(imagenet_dls(small_photos, 64, 16, workers=0, batch_tfms=aug_transforms(size=64)))).no_bar(), pytest.raises(ValueError, match='make squares of the rectangles'):
+        learn.fit(1, cbs=RectTraining())
     for o in others:
         with pytest.raises(ValueError, match='`RectTraining` needs the loaders of `imagenet_dls`'):
             with (learn := learner(o)).no_bar(): learn.fit(1, cbs=RectTraining())
