@@ -1,5 +1,5 @@
 "Copies of pictures: complete, alike however they came about, and nothing is done twice"
-import fcntl, hashlib, io, json, os, shutil, signal, subprocess, sys, time
+import fcntl, hashlib, io, json, os, shutil, signal, subprocess, sys, time, zlib
 from collections import namedtuple
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
@@ -263,7 +263,10 @@ def test_leftovers_are_removed(small, tmp_path):
     presize(small, tmp_path/'a', 32, workers=0)
     before = content(tmp_path/'a')
     (tmp_path/'a/32/.fastimagenet_index.npy.ab12').write_bytes(b'half')
-    (tmp_path/'a/32/train/c0/0.JPEG').rename(tmp_path/'a/32/train/c0/0.JPEG.part')
+    (tmp_path/'a/32/train/c0/0.JPEG').rename(tmp_path/f'a/32/train/c0/.{zlib.crc32(b"0.JPEG"):08x}.part')
+    photo(small/f'train/c0/{"x"*250}.JPEG', 30, 60) # As long as a name can be
+    presize(small, tmp_path/'b', 32, workers=0)
+    before = content(tmp_path/'b')
     presize(small, tmp_path/'a', 32, workers=0)
     assert content(tmp_path/'a')==before
 
