@@ -93,8 +93,7 @@ def __repr__(self:Schedule):
     "`Schedule` as lines of text"
     rows = [('epochs','size','bs','global_bs','lr','data','min_scale','rect')]
     for s,p in zip(self.starts, self.phases):
-        rows.append((f'{s:g}-{s+p.n_epoch:g}', f'{p.size}', f'{p.bs}', f'{p.bs*self.world}', _cells(p.lr), p.data or '.',
-                     f'{p.min_scale:g}', 'yes' if p.rect else 'no'))
+        rows.append((f'{s:g}-{s+p.n_epoch:g}', f'{p.size}', f'{p.bs}', f'{p.bs*self.world}', _cells(p.lr), p.data or '.', f'{p.min_scale:g}', 'yes' if p.rect else 'no'))
     widths = [max(map(len, c)) for c in zip(*rows)]
     lines = ['  '.join(v.ljust(w) for v,w in zip(r, widths)).rstrip() for r in rows]
     return '\n'.join([f'Schedule: {self.n_epoch} epochs, {self.world} process{"es"*(self.world>1)}', *lines, *self.notes])
@@ -125,7 +124,7 @@ def plot(self:Schedule,
         axs[2].plot([s, s+p.n_epoch], ends(p.lr), color='C3')
     axs[2].set(ylabel='learning\nrate', ylim=(0, None))
     es = range(self.n_epoch+1)
-    axs[3].plot(es, [e*n_images/1e6 for e in es], color='C2')
+    axs[3].plot(es, [e*n_images/1e6 for e in es], 'C2')
     axs[3].set(ylabel='images seen\n(million)', xlabel='epoch', ylim=(0,None))
     ax = axs[3].twinx()
     ax.plot(es, [sum(self.batches(e, n_images) for e in range(n))/1000 for n in es], color='C4', ls='--')
@@ -133,8 +132,7 @@ def plot(self:Schedule,
     for e in self.changes('rect'):
         if self.at(e).rect: axs[0].axvspan(e, self.n_epoch, color='gray', alpha=.15, label='rectangular validation')
     if axs[0].patches: axs[0].legend(loc='upper left', fontsize=8)
-    fig.suptitle(f'{self.n_epoch} epochs of {n_images:,} images on {self.world} process{"es"*(self.world>1)}: '
-                 f'{self.steps(n_images):,} steps')
+    fig.suptitle(f'{self.n_epoch} epochs of {n_images:,} images on {self.world} process{"es"*(self.world>1)}: {self.steps(n_images):,} steps')
     fig.tight_layout()
     plt.close(fig)
     return fig
@@ -157,10 +155,14 @@ def scale_to(self:Schedule,
         phases.append(replace(p, bs=bs, lr=lr))
     a,b = ends(self.phases[0].lr)[0],ends(phases[0].lr)[0]
     note = (f'linear scaling: global batch {first} -> {phases[0].bs*world} in the first phase, on {self.world} -> {world} '
-            f'processes, bs {self.phases[0].bs} -> {phases[0].bs}, lr {a:g} -> {b:g}; '
-            + ('all phases alike' if all(p.bs*world==q.bs*self.world*k for p,q in zip(phases, self.phases)) else
-               'batches rounded, lr of each phase follows its batch'))
+            f'processes, bs {self.phases[0].bs} -> {phases[0].bs}, lr {a:g} -> {b:g}; ' + ('all phases alike'
+            if all(p.bs*world==q.bs*self.world*k for p,q in zip(phases, self.phases)) else 'batches rounded, lr of each phase follows its batch'))
     return Schedule(phases, world, (*self.notes, note))
+
+@patch
+def for_world(self:Schedule, world:int)->Schedule:
+    "This table for `world` processes: the batch of each stays, the global batch changes, and lr by linear scaling"
+    return self if world==self.world else self.scale_to(self.phases[0].bs*world, world)
 
 # %% ../nbs/02_schedule.ipynb #d9771f06
 def _shares(lengths, n):
@@ -222,14 +224,12 @@ def from_json(cls:Schedule,
     except json.JSONDecodeError as e: raise ValueError(f'This is not JSON: {e}') from None
     if isinstance(d, list): return cls.from_original(d, world)
     if not isinstance(d, dict) or not isinstance(d.get('phases'), list):
-        raise ValueError("A schedule in JSON is {'world': processes, 'phases': [{'n_epoch':.., 'size':.., ..}, ..]} or a "
-                         f'list of phases of the 2018 code; got {text[:60]!r}')
+        raise ValueError(f"A schedule in JSON is {{'world': processes, 'phases': [{{'n_epoch':.., 'size':.., ..}}, ..]}} or a list of phases of the 2018 code; got {text[:60]!r}")
     if not all(isinstance(p, dict) for p in d['phases']): raise ValueError(f"'phases' must be a list of dicts, got {d['phases']!r}")
     if d.keys()-{'world','notes','phases'}: raise ValueError(f"Unknown keys {sorted(d)}; expected 'world', 'phases' and 'notes'")
     unknown = {k for p in d['phases'] for k in p} - set(Phase.__dataclass_fields__)
     if unknown: raise ValueError(f'Unknown keys {sorted(unknown)}; a phase has {list(Phase.__dataclass_fields__)}')
-    phases = [Phase(**{'n_epoch':None, **p, 'lr':tuple(p['lr']) if isinstance(p.get('lr'), list) else p.get('lr')})
-              for p in d['phases']]
+    phases = [Phase(**{'n_epoch':None, **p, 'lr':tuple(p['lr']) if isinstance(p.get('lr'), list) else p.get('lr')}) for p in d['phases']]
     return Schedule(phases, d.get('world', 1), map(str, d.get('notes') or ()))
 
 @patch

@@ -176,7 +176,7 @@ def _prepare(data, schedule, epochs, arch, target_top1, target_top5, init_bn0, l
     stop = None if target_top1 is None and target_top5 is None else TimeToAccuracy(target_top1, target_top5)
     if data not in _default_schedule: image_folder(data)
     table = get_schedule(schedule or _default_schedule.get(data), epochs)
-    sched = for_world(table)
+    sched = table.for_world(num_distrib() or 1)
     if workers is not None and workers<0: raise ValueError(f'`workers` must be 0 or more, got {workers}')
     if arch: _check_arch(arch)
     if not 0<=label_smoothing<1: raise ValueError(f'`label_smoothing` must be from 0 to below 1, got {label_smoothing}')
