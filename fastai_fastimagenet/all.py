@@ -3,6 +3,7 @@ from .core import FitCallback, ScaleLR
 from .phase import Phase
 from .schedule import Schedule
 from .recipes import recipes
+from .machines import profiles
 from .photos import photos
 from .rect import RectCrop
 from .models import to_any_size, zero_init_residual, resnet_small
@@ -25,4 +26,8 @@ from .tensorboard import TensorBoard
 from .checkpoint import Checkpoint
 from .precision import BF16
 from .fit import check_model
+from .planner import plan
+from .measured import measured_run, plan_measured
+from .whatif import options, scaling
+from .measure import measure
 from .launch import launch

@@ -1,0 +1,115 @@
+"Plans: what they add up to, what they refuse, that they start without torch, and a run planned from its own history"
+import json, math, subprocess, sys
+from pathlib import Path
+import pytest
+from hypothesis import given, settings, strategies as st
+from fastai_fastimagenet.machines import profiles
+from fastai_fastimagenet.measured import Measured, Point, measured_run, plan_measured
+from fastai_fastimagenet.phase import Phase
+from fastai_fastimagenet.plan_cli import main
+from fastai_fastimagenet.planner import allreduce_bytes, parts, plan
+from fastai_fastimagenet.recipes import recipes
+from fastai_fastimagenet.schedule import Schedule
+from fastai_fastimagenet.whatif import epochs_to_93, first_epochs, options, scaling
+
+bin = Path(sys.executable).parent
+names = st.sampled_from([n for n in recipes if n.startswith('imagenet18')])
+
+def test_starts_without_torch():
+    heavy = "('torch','fastai','numpy','pandas','matplotlib','boto3')"
+    code = f"import sys; from fastai_fastimagenet.plan_cli import main; main(sys.argv[1:]); assert not [m for m in {heavy} if m in sys.modules]"
+    for args in (['--schedule','imagenet18_16','--machine','p5.48xlarge','--nodes','2'], ['--budget','20']):
+        r = subprocess.run([sys.executable,'-c',code,*args], capture_output=True, text=True)
+        assert r.returncode==0 and r.stdout.startswith('Predicted'), r.stderr
+
+def test_command():
+    r = subprocess.run([bin/'fastimagenet-plan','--schedule','imagenet18_8','--machine','p4d.24xlarge','--json'], capture_output=True, text=True, check=True)
+    d = json.loads(r.stdout)
+    assert d['predicted'] is True and d['minutes']==pytest.approx(sum(p['seconds'] for p in d['phases'])/60)
+    assert Schedule.from_json(json.dumps(d['schedule'])).world==8
+    assert subprocess.run([bin/'fastimagenet-plan','--help'], capture_output=True, text=True, check=True).stdout.count('fastimagenet-plan --')>=3
+
+@pytest.mark.parametrize('args,says', [
+    (['--schedule','imagenet18_1','--machine','p5.48large'], 'Nearest: p5.48xlarge'),
+    (['--schedule','imagenet18-1','--machine','p5.48xlarge'], 'Nearest: imagenet18_1'),
+    (['--schedule','imagenet18_1','--machine','p5.48xlarge','--nodes','0'], '`nodes` must be a number of machines'),
+    (['--schedule','imagenet18_1','--machine','p5.48xlarge','--nodes','two'], '`--nodes` must be'),
+    (['--schedule','imagenet18_1','--machine','p5.48xlarge','--price','cheap'], '`--price` must be dollars'),
+    (['--schedule','imagenet18_1','--machine','p5.48xlarge','--images','-5'], 'There must be training pictures'),
+    (['--schedule','imagenet18_1'], 'Give a machine'), (['--machine','p5.48xlarge'], 'Give a table'),
+    (['--schedule','imagenet18_1','--from','no/such/run'], 'holds no run'),
+    (['--budget','-1'], '`budget` must be more than 0'), (['--deadline','.01'], 'The fastest: '),
+])
+def test_bad_input(args, says):
+    with pytest.raises(SystemExit) as e: main(args)
+    assert str(e.value.code).startswith('fastimagenet-plan: ') and says in e.value.code
+
+def test_too_large_for_memory(tmp_path):
+    file = tmp_path/'big.json'
+    Schedule([Phase(1, 224, 1024, .1)], 8).save(file)
+    with pytest.raises(SystemExit, match='needs about 57 GB, a V100 of p3.16xlarge has 16 GiB. Use at most 2[0-9][0-9] images'): main(['--schedule',str(file),'--machine','p3.16xlarge'])
+
+@settings(max_examples=60, deadline=None)
+@given(name=names, machine=st.sampled_from(list(profiles)), nodes=st.integers(1, 16), n=st.integers(100_000, 2_000_000))
+def test_sums(name, machine, nodes, n):
+    try: p = plan(recipes[name], machine, nodes, n_train=n)
+    except ValueError as e: assert 'Use at most' in str(e); return
+    assert p.dollars==pytest.approx(nodes*p.price*p.minutes/60) and sum(p.share(k) for k in parts)==pytest.approx(1)
+    assert all(getattr(o, k)>=0 for o in p.phases for k in parts) and p.schedule.world==nodes*profiles[machine].gpus
+    assert sum(o.images for o in p.phases)==pytest.approx(n*recipes[name].n_epoch)
+    if nodes==1: assert p.share('network')==0
+
+@settings(max_examples=30, deadline=None)
+@given(name=names, n=st.integers(1, 50))
+def test_first_epochs(name, n):
+    whole = recipes[name]
+    s = first_epochs(whole, n)
+    assert s.n_epoch==min(n, whole.n_epoch)
+    for k in range(4*s.n_epoch):
+        a,b = s.at(k/4),whole.at(k/4)
+        assert (a.size,a.bs,a.data,a.rect)==(b.size,b.bs,b.data,b.rect) and a.lr==pytest.approx(b.lr)
+
+def test_loading_bounds():
+    "A machine with few CPUs for its GPU waits for pictures, and the plan says what to do"
+    p = plan(Schedule([Phase(1, 128, 256, .1, '')]), 'g6e.xlarge')
+    small = plan(Schedule([Phase(1, 128, 256, .1, '-sz/160')]), 'g6e.xlarge')
+    assert p.share('data')>.2 and 'presize' in repr(p) and small.minutes<p.minutes and small.share('data')==0
+
+def test_options_keep_to_the_limit():
+    assert all(o.plan.dollars<=12 for o in options(budget=12)) and all(o.plan.minutes<=20 for o in options(deadline=20))
+    assert options(deadline=20)[0].plan.dollars==min(o.plan.dollars for o in options(deadline=20))
+    assert options(budget=40)[0].plan.minutes==min(o.plan.minutes for o in options(budget=40))
+    cheap = options(prices={'g6e.48xlarge':1e-3})[0].plan
+    assert cheap.machine=='g6e.48xlarge' and cheap.price==1e-3
+    assert all(recipes[o.recipe].world>=o.plan.schedule.world and o.plan.schedule.n_epoch==epochs_to_93[o.recipe] for o in options())
+
+def test_scaling_efficiency():
+    s = scaling(recipes['imagenet18_1'], 'p4d.24xlarge', (1,2,4,8))
+    assert s.efficiency()[0]==1 and s.efficiency()==sorted(s.efficiency(), reverse=True)
+
+def test_network_bytes():
+    "Logged in 2018 for 64 GPUs, MB per step and machine (cybertronai/imagenet18_old, dawn/logs)"
+    for mb in (99.7,100.1,101.4,103.5,101.8): assert allreduce_bytes(64)==pytest.approx(1e6*mb, rel=.05)
+
+def test_plan_from_history(small_photos, tmp_path):
+    "The plan for the table that a run had is what the run took, and it follows the pictures for another one"
+    sched = Schedule([Phase(2, 32, 16, .01), Phase(2, 48, 16, .01), Phase(1, 48, 32, .02, rect=True)])
+    sched.save(tmp_path/'s.json')
+    out = tmp_path/'run'
+    subprocess.run([bin/'fastimagenet-train','--data',small_photos,'--schedule',tmp_path/'s.json','--arch','resnet_small','--workers','0','--out',out], check=True, capture_output=True)
+    m = measured_run(out)
+    p = plan_measured(sched, m)
+    import pandas as pd
+    rows = pd.read_csv(out/'history.csv')
+    assert [o.steps for o in p.phases]==[2*math.ceil(m.n_train/16)]*2+[math.ceil(m.n_train/32)]
+    assert sum(o.compute for o in p.phases)==pytest.approx(rows.compute_s.sum(), rel=.5) # Medians of two
+    assert plan_measured(sched, m, n_train=10*m.n_train).phases[0].compute==pytest.approx(10*p.phases[0].compute)
+    with pytest.raises(SystemExit): main(['--schedule',str(tmp_path/'s.json'),'--from',str(tmp_path)])
+
+def test_what_was_not_measured():
+    "A fixed part and one that grows with the pixels, found from other sizes"
+    step = lambda s, b: .01+1e-6*b*s*s
+    m = Measured(tuple(Point(s, b, step(s, b), .001*b, 1e-4*s*s, .1) for s,b in ((64,32),(96,32),(128,16))), 1, 3200, 'here')
+    assert m.step(160, 8)==pytest.approx((step(160, 8),.008)) and m.eval(160)==pytest.approx(1e-4*160**2)
+    p = plan_measured(Schedule([Phase(3, 160, 8, .1)]), m, price=2.)
+    assert p.phases[0].compute==pytest.approx(3*400*step(160, 8)) and p.dollars==pytest.approx(2*p.minutes/60)
