@@ -148,7 +148,8 @@ def _bottleneck(p, machine, nodes, need, can, data):
     name,cores = max(parts, key=lambda k: getattr(p, k)),nodes*machine.vcpus
     if p.data: return (f'{p.size} px, data: {cores} virtual CPUs load {can:,.0f} images/s, the GPUs need {need:,.0f}; '
                        + ("presize to smaller copies: fastimagenet-presize" if not data else 'take more CPUs for each GPU, or raw copies'))
-    return {'compute':f'{p.size} px, batch {p.bs}: the GPUs', 'network':f'{p.size} px, batch {p.bs}: the network, {machine.gbit:g} Gbit/s; take a larger batch or fewer machines',
+    fixed = p.steps*machine.step_s>.4*p.compute
+    return {'compute':f'{p.size} px, batch {p.bs}: ' + ('what a step costs whatever its size; take a larger batch' if fixed else 'the GPUs'), 'network':f'{p.size} px, batch {p.bs}: the network, {machine.gbit:g} Gbit/s; take a larger batch or fewer machines',
             'eval':f'{p.size} px: evaluation', 'switch':f'{p.size} px: starting epochs and changing sizes; take fewer phases'}[name]
 
 def _phase_plan(schedule, i, machine, nodes, n_train, n_valid):
