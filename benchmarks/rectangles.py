@@ -91,7 +91,7 @@ def show(rows):
         a,b = ([100*r[way][0] for r in of[k]] for k in ('square','rect'))
         print(f'tested with {way:16} {statistics.mean(a):9.2f} {statistics.mean(b):10.2f}   {interval([y-x for x,y in zip(a, b)])}')
     print('\nvalidation, same networks (trained on squares): top-1 %, CPU time')
-    for a,b in (('rect 128','centre 128'), ('Pillow rect 128','Pillow centre 128'), ('Pillow rect 128','Pillow five 128')):
+    for a,b in (('rect 128','centre 128'), ('Pillow rect 128','Pillow centre 128'), ('Pillow rect 128','Pillow five 128'), ('rect 112','Pillow five 128')):
         d = [100*(r[a][0]-r[b][0]) for r in of['square']]
         print(f'{a} - {b}: {interval(d)} points, {statistics.median(r[b][1]/r[a][1] for r in of["square"]):.1f} times as many pictures per second')
     for k in of['square'][0]:

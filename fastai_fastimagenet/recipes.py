@@ -54,7 +54,7 @@ _imagenette = {
 
 # %% ../nbs/03_recipes.ipynb #48b70f9d
 _photos = {'photos': [Phase(2, 64, 32, (.02,.1), min_scale=.35), Phase(3, lr=(.1,.06)), Phase(3, 96, lr=(.06,.02)),
-                      Phase(2, 128, lr=(.02,0), min_scale=.5, rect=True)]}
+                      Phase(2, 128, lr=(.02,0), rect=True)]}
 
 # %% ../nbs/03_recipes.ipynb #0353fb87
 class Recipes(dict):
