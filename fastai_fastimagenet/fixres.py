@@ -45,7 +45,7 @@ def find_test_size(
     crop_pcts:tuple=(.875,1.) # Shares of the picture to try
 )->pd.DataFrame: # A row for each way to test, the best first: size (pixels), crop_pct, rect, top1, loss, pixels (of a picture, on average)
     "Top-1 and loss of `learn` with several image sizes, as centre crops and on rectangles; `ValueError` for the validation set"
-    if hasattr(dl, 'loaders') or dl.dataset is learn.dls.valid_ds: raise ValueError('An accuracy that was used to choose is too good: give pictures of their own, e.g. of `hold_out`, not the validation set')
+    if hasattr(dl, 'loaders') or dl.dataset in (learn.dls.valid_ds,learn.dls.train_ds): raise ValueError('An accuracy that was used to choose is too good: give pictures of their own, e.g. of `hold_out`, not the training or validation set')
     size = dl_size(dl)
     sizes = [size, *range(size//32*32+32, int(1.5*size)+1, 32)] if sizes is None else list(sizes)
     rows = [_test_as(learn, dl, s, p, rect) for s in sizes for p in crop_pcts for rect in (False,True)]

@@ -38,8 +38,8 @@ def _row(r): return Profile(**{f.name: f.type(r[f.name]) for f in fields(Profile
 class _Profiles(dict):
     "Machine name -> `Profile`; an unknown name is answered with the nearest ones"
     def __missing__(self, name):
-        near = difflib.get_close_matches(str(name), self, n=3, cutoff=.4) or list(self)
-        raise KeyError(f'There is no profile of a machine {name!r}. Nearest: {", ".join(near)}. All: {", ".join(self)}')
+        near = difflib.get_close_matches(str(name), self, n=3, cutoff=.4) or [k for k,m in self.items() if m.gpu.lower()==str(name).lower()]
+        raise KeyError(f'There is no profile of a machine {name!r}.{" Nearest: "*bool(near)}{", ".join(near)}{"."*bool(near)} All: {", ".join(self)}')
 
 def _read(file):
     with open(file, newline='') as f: return _Profiles({r['name']: _row(r) for r in csv.DictReader(f)})

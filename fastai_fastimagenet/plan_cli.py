@@ -6,7 +6,7 @@
 __all__ = ['main']
 
 # %% ../nbs/65_plan_cli.ipynb #a58abce5
-import json, sys
+import json, os, sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from .schedule import *
 from .recipes import *
@@ -57,8 +57,18 @@ def _table(name):
     if not name: raise ValueError(f'Give a table with `--schedule`: a JSON file, or one of {", ".join(recipes)}. Or ask for `--deadline` or `--budget`')
     return Schedule.load(name) if name.endswith('.json') else recipes[name]
 
+def _check_together(a):
+    "Options that say nothing together are an error"
+    goal = a.budget is not None or a.deadline is not None
+    for no,with_,why in ((goal and a.schedule,'--schedule','--budget and --deadline try the tables of 2018'), (goal and a.images is not None,'--images','--budget and --deadline are for ImageNet'),
+                         (goal and a.out,'--from','--budget and --deadline are for machines of the profiles'), (a.out and a.machine,'--machine','--from is for the machine of the run'),
+                         (a.out and a.nodes!='1','--nodes','--from is for the machine of the run')):
+        if no: raise ValueError(f'Leave out `{with_}`: {why}')
+    if a.images is not None and a.images<1: raise ValueError(f'There must be training pictures, got --images {a.images}')
+
 def _answer(a):
     "What to print: a text, and the same as data"
+    _check_together(a)
     if a.budget is not None or a.deadline is not None:
         found = options(a.budget, a.deadline, [a.machine] if a.machine else None, _nodes(a.nodes) if a.nodes!='1' else (1,2,4,8,16), {a.machine:_price(a)} if a.machine and a.price else None)
         return f'Predicted, to 93 % top-5:\n{show_options(found)}\n\n{found[0].plan}', [dict(recipe=o.recipe, **json.loads(o.plan.to_json())) for o in found]
@@ -66,7 +76,7 @@ def _answer(a):
     if a.out: p = plan_measured(sched, measured_run(a.out), _price(a), a.images)
     else:
         if not a.machine: raise ValueError(f'Give a machine with `--machine`: one of {", ".join(profiles)}; or `--from` the folder of a run')
-        args,nodes = dict(price=_price(a), **(dict(n_train=a.images) if a.images else {})),_nodes(a.nodes)
+        args,nodes = dict(price=_price(a), **({} if a.images is None else dict(n_train=a.images))),_nodes(a.nodes)
         if len(nodes)>1:
             s = scaling(sched, a.machine, nodes, **args)
             return f'Predicted, {a.machine}:\n{s}', [dict(efficiency=e, **json.loads(p.to_json())) for p,e in zip(s.plans, s.efficiency())]
@@ -79,4 +89,5 @@ def main(argv=None):
     try: text,data = _answer(a)
     except KeyError as e: sys.exit(f'fastimagenet-plan: {e.args[0]}')
     except (ValueError,ImportError,OSError) as e: sys.exit(f'fastimagenet-plan: {e}')
-    print(json.dumps(data, indent=1) if a.json else text)
+    try: print(json.dumps(data, indent=1) if a.json else text, flush=True)
+    except BrokenPipeError: os._exit(1) # `fastimagenet-plan ... | head`

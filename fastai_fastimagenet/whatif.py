@@ -73,10 +73,12 @@ def options(
     for k,v in dict(budget=budget, deadline=deadline).items():
         if v is not None and not v>0: raise ValueError(f'`{k}` must be more than 0, got {v}')
     prices = prices or {}
+    if not nodes or any(n<1 for n in nodes): raise ValueError(f'`nodes` must be numbers of machines, 1 or more, got {nodes}')
     machines = machines or [k for k,m in profiles.items() if m.usd]
     found = [o for m in machines for n in nodes if (o := _to_93(m, n, prices.get(m)))]
     found = [o for o in found if o.plan.dollars is not None]
     good = [o for o in found if (budget is None or o.plan.dollars<=budget) and (deadline is None or o.plan.minutes<=deadline)]
+    if not found: raise ValueError('No table of 2018 fits: it needs more GPUs than any was made for, more memory than there is, or a price is missing')
     if not good:
         fast,cheap = min(found, key=lambda o: o.plan.minutes),min(found, key=lambda o: o.plan.dollars)
         raise ValueError(f'No machine of the profiles does it. The fastest: {_line(fast)}. The cheapest: {_line(cheap)}')

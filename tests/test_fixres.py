@@ -57,8 +57,9 @@ def test_bad_input(dls, small_photos):
     for share in (0,1,-.1):
         with pytest.raises(ValueError, match='`share` must be between 0 and 1'): hold_out(dls, share)
     with pytest.raises(ValueError, match='fewer than a batch of 16'): hold_out(dls, .99)
-    for dl in (dls, dls.valid, rect_dl(dls), dls.valid.new()):
-        with pytest.raises(ValueError, match='not the validation set'): find_test_size(learner(dls), dl)
+    for dl in (dls, dls.train, dls.valid, rect_dl(dls), dls.valid.new()):
+        with pytest.raises(ValueError, match='not the training or validation set'): find_test_size(learner(dls), dl)
+    assert rect_dl(dls, np.int64(64)).n==rect_dl(dls, 64).n
     with pytest.raises(ValueError, match='`decay` must be between 0 and 1'): WeightEMA(1.)
 
 class Steps(FitCallback):

@@ -38,6 +38,10 @@ def test_command():
     (['--schedule','imagenet18_1','--machine','p5.48xlarge','--images','-5'], 'There must be training pictures'),
     (['--schedule','imagenet18_1'], 'Give a machine'), (['--machine','p5.48xlarge'], 'Give a table'),
     (['--schedule','imagenet18_1','--from','no/such/run'], 'holds no run'),
+    (['--from','x','--schedule','imagenet18_1','--nodes','2'], 'Leave out `--nodes`'), (['--from','x','--schedule','imagenet18_1','--machine','p5.48xlarge'], 'Leave out `--machine`'),
+    (['--deadline','30','--schedule','imagenet18_1'], 'Leave out `--schedule`'), (['--deadline','30','--from','x'], 'Leave out `--from`'), (['--deadline','30','--nodes','0'], '`nodes` must be'),
+    (['--deadline','30','--nodes','200'], 'No table of 2018 fits'), (['--schedule','imagenet18_1','--machine','a100'], 'Nearest: p4d.24xlarge, p4de.24xlarge'),
+    (['--schedule','imagenet18_1','--machine','p5.48xlarge','--images','0'], 'There must be training pictures'),
     (['--budget','-1'], '`budget` must be more than 0'), (['--deadline','.01'], 'The fastest: '),
 ])
 def test_bad_input(args, says):
