@@ -31,7 +31,7 @@ class Profile:
     size_s:float # Seconds lost when the image size changes
     bs_s:float # Seconds lost when the batch size alone changes
     rect_s:float # Seconds lost at the first rectangles
-    rate_from:str # Where the six above are from
+    rate_from:str # Where `images_s` to `rect_s` are from
 
 def _row(r): return Profile(**{f.name: f.type(r[f.name]) for f in fields(Profile)}) # A field that is missing or no number ends the import
 

@@ -65,7 +65,7 @@ class _Stopwatch(FitCallback):
         self.at = now
 
 # %% ../nbs/42_measure.ipynb #f86653c3
-def _settings(schedule, min_share):
+def _settings(schedule):
     "One epoch for each setting of `schedule`, the first of them twice, so that an epoch without anything new is there"
     seen = {}
     for p in schedule.phases: seen.setdefault(tuple(getattr(p, k) for k in fixed_fields), replace(p, n_epoch=1, lr=0.))
@@ -75,11 +75,11 @@ def _settings(schedule, min_share):
 def measure(
     learn:Learner, # As it will be trained: its loaders need a transform that sets the size
     schedule:Schedule, # The table that will be planned; each of its settings is measured
-    seconds:float=60 # For all of it, about
+    seconds:float=60 # For all of it, at most, about
 )->Measured:
     "Train and evaluate `learn` for a short time at each setting of `schedule`, and leave it as it was; in several processes, all must call it"
     if not seconds>0: raise ValueError(f'`seconds` must be more than 0, got {seconds}')
-    short = _settings(schedule.for_world(num_distrib() or 1), seconds)
+    short = _settings(schedule.for_world(num_distrib() or 1))
     watch = _Stopwatch(seconds/short.n_epoch)
     model,opt = learn.model,learn.opt
     weights = {k: v.detach().cpu().clone() for k,v in model.state_dict().items()}

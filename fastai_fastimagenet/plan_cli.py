@@ -27,7 +27,7 @@ def _parser():
     p = ArgumentParser('fastimagenet-plan', description=_about, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument('--schedule', help='recipe or JSON file')
     p.add_argument('--machine', help=f'one of {", ".join(profiles)}')
-    p.add_argument('--nodes', default='1', help='machines; several numbers, as 1,2,4, give a table')
+    p.add_argument('--nodes', help='machines, 1 by default; several numbers, as 1,2,4, give a table; --budget and --deadline try up to 16 by default')
     p.add_argument('--price', help='USD per hour of one machine; "now": what AWS asks for now, "spot": for spot machines (need boto3 and credentials); by default that of the profile')
     p.add_argument('--region', help='for --price now and spot')
     p.add_argument('--images', type=int, help='training pictures; by default those of ImageNet, or of the run')
@@ -53,16 +53,13 @@ def _nodes(text):
     try: return [int(o) for o in str(text).split(',')]
     except ValueError: raise ValueError(f'`--nodes` must be a number of machines, or several as 1,2,4, got {text!r}') from None
 
-def _table(name):
-    if not name: raise ValueError(f'Give a table with `--schedule`: a JSON file, or one of {", ".join(recipes)}. Or ask for `--deadline` or `--budget`')
-    return Schedule.load(name) if name.endswith('.json') else recipes[name]
-
 def _check_together(a):
     "Options that say nothing together are an error"
     goal = a.budget is not None or a.deadline is not None
     for no,with_,why in ((goal and a.schedule,'--schedule','--budget and --deadline try the tables of 2018'), (goal and a.images is not None,'--images','--budget and --deadline are for ImageNet'),
                          (goal and a.out,'--from','--budget and --deadline are for machines of the profiles'), (a.out and a.machine,'--machine','--from is for the machine of the run'),
-                         (a.out and a.nodes!='1','--nodes','--from is for the machine of the run')):
+                         (a.price in ('now','spot') and not a.machine or goal and a.price and not a.machine,'--price','it is the price of one --machine, which must be given'),
+                         (a.out and a.nodes,'--nodes','--from is for the machine of the run')):
         if no: raise ValueError(f'Leave out `{with_}`: {why}')
     if a.images is not None and a.images<1: raise ValueError(f'There must be training pictures, got --images {a.images}')
 
@@ -70,13 +67,14 @@ def _answer(a):
     "What to print: a text, and the same as data"
     _check_together(a)
     if a.budget is not None or a.deadline is not None:
-        found = options(a.budget, a.deadline, [a.machine] if a.machine else None, _nodes(a.nodes) if a.nodes!='1' else (1,2,4,8,16), {a.machine:_price(a)} if a.machine and a.price else None)
+        found = options(a.budget, a.deadline, [a.machine] if a.machine else None, _nodes(a.nodes or '1,2,4,8,16'), {a.machine:_price(a)} if a.machine and a.price else None)
         return f'Predicted, to 93 % top-5:\n{show_options(found)}\n\n{found[0].plan}', [dict(recipe=o.recipe, **json.loads(o.plan.to_json())) for o in found]
-    sched = _table(a.schedule)
+    if not a.schedule: raise ValueError(f'Give a table with `--schedule`: a JSON file, or one of {", ".join(recipes)}. Or ask for `--deadline` or `--budget`')
+    sched = find_schedule(a.schedule)
     if a.out: p = plan_measured(sched, measured_run(a.out), _price(a), a.images)
     else:
         if not a.machine: raise ValueError(f'Give a machine with `--machine`: one of {", ".join(profiles)}; or `--from` the folder of a run')
-        args,nodes = dict(price=_price(a), **({} if a.images is None else dict(n_train=a.images))),_nodes(a.nodes)
+        args,nodes = dict(price=_price(a), **({} if a.images is None else dict(n_train=a.images))),_nodes(a.nodes or '1')
         if len(nodes)>1:
             s = scaling(sched, a.machine, nodes, **args)
             return f'Predicted, {a.machine}:\n{s}', [dict(efficiency=e, **json.loads(p.to_json())) for p,e in zip(s.plans, s.efficiency())]

@@ -115,7 +115,7 @@ def _valid_dl(dls):
 
 def _crop_dl(dl, size, bs, crop_pct, **kwargs):
     size = dl_size(dl) if size is None else size
-    if not isinstance(size, (int,np.integer)) or size<8: raise ValueError(f'`size` must be a whole number of pixels, 8 or more, got {size!r}. From a row of `find_test_size` take row["size"]')
+    if not isinstance(size, (int,np.integer)) or size<8: raise ValueError(f'`size` must be a whole number of pixels, 8 or more, got {size!r}')
     size = int(size)
     if any(type(o).__name__ in ('TensorPoint','TensorBBox') for o in dl.dataset[0]):
         raise ValueError('Points and boxes do not move with the rectangles: use rectangular validation for classification')

@@ -91,12 +91,10 @@ def _cells(v): return '->'.join(f'{o:g}' for o in dict.fromkeys(ends(v)))
 @patch
 def __repr__(self:Schedule):
     "`Schedule` as lines of text"
-    rows = [('epochs','size','bs','global_bs','lr','data','min_scale','rect')]
+    rows,head = [],('epochs','size','bs','global_bs','lr','data','min_scale','rect')
     for s,p in zip(self.starts, self.phases):
         rows.append((f'{s:g}-{s+p.n_epoch:g}', f'{p.size}', f'{p.bs}', f'{p.bs*self.world}', _cells(p.lr), p.data or '.', f'{p.min_scale:g}', 'yes' if p.rect else 'no'))
-    widths = [max(map(len, c)) for c in zip(*rows)]
-    lines = ['  '.join(v.ljust(w) for v,w in zip(r, widths)).rstrip() for r in rows]
-    return '\n'.join([f'Schedule: {self.n_epoch} epochs, {self.world} process{"es"*(self.world>1)}', *lines, *self.notes])
+    return '\n'.join([f'Schedule: {self.n_epoch} epochs, {self.world} process{"es"*(self.world>1)}', text_table(head, rows), *self.notes])
 
 # %% ../nbs/02_schedule.ipynb #bb4abe96
 def _steps_line(self, ax, name, label, color, scale=1):
@@ -124,7 +122,7 @@ def plot(self:Schedule,
         axs[2].plot([s, s+p.n_epoch], ends(p.lr), color='C3')
     axs[2].set(ylabel='learning\nrate', ylim=(0, None))
     es = range(self.n_epoch+1)
-    axs[3].plot(es, [e*n_images/1e6 for e in es], 'C2')
+    axs[3].plot(es, [e*n_images/1e6 for e in es], color='C2')
     axs[3].set(ylabel='images seen\n(million)', xlabel='epoch', ylim=(0,None))
     ax = axs[3].twinx()
     ax.plot(es, [sum(self.batches(e, n_images) for e in range(n))/1000 for n in es], color='C4', ls='--')

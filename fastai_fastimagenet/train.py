@@ -71,7 +71,7 @@ def get_schedule(
 )->Schedule:
     "The table called `name`"
     if not name: raise ValueError(f'Give your data a table with `--schedule`: a JSON file, or one of {", ".join(recipes)}')
-    sched = Schedule.from_json(name) if str(name).startswith('{') else Schedule.load(name) if str(name).endswith('.json') else recipes[name]
+    sched = find_schedule(name)
     return sched if n_epoch is None else sched.scale_epochs(n_epoch)
 
 # %% ../nbs/40_train.ipynb #a001e0f5

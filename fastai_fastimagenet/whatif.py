@@ -7,6 +7,7 @@ __all__ = ['epochs_to_93', 'Scaling', 'scaling', 'first_epochs', 'Option', 'opti
 
 # %% ../nbs/34_whatif.ipynb #09f2e4ed
 from dataclasses import dataclass, replace
+from .phase import text_table
 from .schedule import *
 from .recipes import *
 from .machines import *
@@ -24,7 +25,7 @@ class Scaling:
 
     def __repr__(self):
         rows = [(p.nodes, p.schedule.world, p.schedule.at(0).global_bs, f'{p.minutes:.1f}', '?' if p.dollars is None else f'{p.dollars:.2f}', f'{e:.0%}') for p,e in zip(self.plans, self.efficiency())]
-        return text_table(['nodes','processes','first global_bs','minutes','USD','efficiency'], rows)
+        return text_table(['nodes','processes','first global_bs','minutes','USD','efficiency'], rows, str.rjust)
 
 def scaling(
     schedule:Schedule,
@@ -91,4 +92,4 @@ def show_options(
     n:int=10 # Most lines
 )->str:
     "The first `n` options as lines of text"
-    return text_table(['minutes','USD','nodes','machine','table','price from'], [(f'{o.plan.minutes:.1f}', f'{o.plan.dollars:.2f}', o.plan.nodes, o.plan.machine, o.recipe, o.plan.price_from) for o in found[:n]])
+    return text_table(['minutes','USD','nodes','machine','table','price from'], [(f'{o.plan.minutes:.1f}', f'{o.plan.dollars:.2f}', o.plan.nodes, o.plan.machine, o.recipe, o.plan.price_from) for o in found[:n]], str.rjust)

@@ -42,6 +42,7 @@ def test_command():
     (['--deadline','30','--schedule','imagenet18_1'], 'Leave out `--schedule`'), (['--deadline','30','--from','x'], 'Leave out `--from`'), (['--deadline','30','--nodes','0'], '`nodes` must be'),
     (['--deadline','30','--nodes','200'], 'No table of 2018 fits'), (['--schedule','imagenet18_1','--machine','a100'], 'Nearest: p4d.24xlarge, p4de.24xlarge'),
     (['--schedule','imagenet18_1','--machine','p5.48xlarge','--images','0'], 'There must be training pictures'),
+    (['--deadline','30','--price','2'], 'Leave out `--price`'), (['--from','x','--schedule','imagenet18_1','--price','now'], 'Leave out `--price`'),
     (['--budget','-1'], '`budget` must be more than 0'), (['--deadline','.01'], 'The fastest: '),
 ])
 def test_bad_input(args, says):
@@ -78,6 +79,13 @@ def test_loading_bounds():
     p = plan(Schedule([Phase(1, 128, 256, .1, '')]), 'g6e.xlarge')
     small = plan(Schedule([Phase(1, 128, 256, .1, '-sz/160')]), 'g6e.xlarge')
     assert p.share('data')>.2 and 'presize' in repr(p) and small.minutes<p.minutes and small.share('data')==0
+
+def test_numbers_of_machines(capsys):
+    "Without `--nodes` several are tried for a goal; `--nodes 1` is one"
+    main(['--deadline','60','--json'])
+    assert {o['nodes'] for o in json.loads(capsys.readouterr().out)}>{1}
+    main(['--deadline','60','--nodes','1','--json'])
+    assert {o['nodes'] for o in json.loads(capsys.readouterr().out)}=={1}
 
 def test_options_keep_to_the_limit():
     assert all(o.plan.dollars<=12 for o in options(budget=12)) and all(o.plan.minutes<=20 for o in options(deadline=20))

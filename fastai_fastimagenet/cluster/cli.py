@@ -10,6 +10,7 @@ import os, sys
 from argparse import ArgumentParser, REMAINDER
 from datetime import datetime, timezone
 from fastcore.imports import IN_NOTEBOOK
+from ..phase import text_table
 from .cloud import *
 from .inventory import *
 
@@ -22,11 +23,6 @@ def _span(t):
     return f'{m//60}:{m%60:02} h' if m<48*60 else f'{m//1440} days'
 
 def _when(t): return '?' if t is None else f'in {_span(t)}' if t>datetime.now(timezone.utc) else f'{_span(t)} ago'
-
-def _table(head, rows):
-    rows = [head.split(), *([str(o) for o in r] for r in rows)]
-    widths = [max(map(len, col)) for col in zip(*rows)]
-    return '\n'.join('  '.join(o.ljust(w) for o,w in zip(r, widths)).rstrip() for r in rows)
 
 # %% ../../nbs/64_cluster.cli.ipynb #f648e8ba
 def _session(a):
@@ -63,7 +59,7 @@ def _ls(a):
     s = _session(a)
     if a.leaks: return _leaks(s, a)
     cs = clusters(s, s.region_name)
-    print(_table('NAME MACHINES TYPE ZONE MARKET STARTED ENDS PRICE COST OWNER', map(_row, cs)) if cs else f'There are no clusters in {s.region_name}')
+    print(text_table('NAME MACHINES TYPE ZONE MARKET STARTED ENDS PRICE COST OWNER'.split(), map(_row, cs)) if cs else f'There are no clusters in {s.region_name}')
 
 def _machine_row(r):
     o = r.raw
@@ -73,8 +69,8 @@ def _machine_row(r):
 def _show(a):
     rs = _found(_session(a), a.name)
     machines = sorted(map(_machine_row, machines_of(rs)))
-    if machines: print(_table('RANK MACHINE STATE TYPE ZONE MARKET PUBLIC PRIVATE PRICE', machines), end='\n\n')
-    print(_table('KIND ID PRICE', [(r.kind, r.id, _usd(r.usd, '/h') if r.billable else '-') for r in rs if r.kind!='instance']))
+    if machines: print(text_table('RANK MACHINE STATE TYPE ZONE MARKET PUBLIC PRIVATE PRICE'.split(), machines), end='\n\n')
+    print(text_table('KIND ID PRICE'.split(), [(r.kind, r.id, _usd(r.usd, '/h') if r.billable else '-') for r in rs if r.kind!='instance']))
 
 def _cost(a):
     from fastai_fastimagenet.cluster.market import cost
