@@ -1,4 +1,4 @@
-"""CPU seconds to an accuracy, of several ways to train: python benchmarks/time_to_accuracy.py --json FILE
+"""CPU seconds to an accuracy, of several ways to train: python benchmarks/time_to_accuracy.py --json FILE [--data DIR --target .9]
 
 All arms train the same network (`resnet_small`, 0.7 million parameters) on the same pictures for a whole number of epochs, and are then
 judged alike, at 128 pixels, with the centre crop and on rectangles. What counts is the CPU time of the fit with loading (one thread, no
@@ -33,7 +33,9 @@ from fastai_fastimagenet.all import *
 from fastai_fastimagenet.fit import phase_cbs
 
 size,scale = 128,.35 # Of evaluation and of full-size training; the smallest crop
-n_train,n_val,n_class = 4000,1000,20
+n_train,n_val,n_class = 4000,1000,20 # Of the photos
+
+def n_classes(path): return sum(o.is_dir() for o in (path/'train').iterdir())
 
 # The phase table of the full method for `n` epochs, and its variations
 def table(n, lr, sizes=(64,96,128), bs=(32,32,32), shares=(.5,.3,.2), warm=True, min_scale=(.35,.35,.5)):
@@ -71,7 +73,7 @@ class Clock:
 def fit_fastai(path, n, lr):
     dls = ImageDataLoaders.from_folder(path, valid='val', bs=32, num_workers=0, item_tfms=[RandomResizedCrop(size, min_scale=scale), FlipItem()],
                                        batch_tfms=Normalize.from_stats(*imagenet_stats))
-    learn = Learner(dls, resnet_small(n_class))
+    learn = Learner(dls, resnet_small(n_classes(path)))
     with learn.no_bar(), learn.no_logging(): run(learn, lambda cbs: learn.fit_one_cycle(n, lr, cbs=cbs), one_cycle(n, lr))
     return learn.model,learn.clock
 
@@ -86,7 +88,7 @@ def run(learn, fit, prescribed):
 
 def our_learner(path, bs=32, smooth=.1, channels_last=True, blur=False, opt=Adam, size=size):
     dls = imagenet_dls(path, size, bs, min_scale=scale, workers=0)
-    model = resnet_small(n_class)
+    model = resnet_small(n_classes(path))
     if blur: add_blur(model)
     if channels_last: model = model.to(memory_format=torch.channels_last)
     loss = LabelSmoothingCrossEntropyFlat(smooth) if smooth else CrossEntropyLossFlat()
@@ -109,7 +111,7 @@ def fit_torchvision(path, n, lr):
     norm = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*imagenet_stats)]
     ds = torchvision.datasets.ImageFolder(path/'train', v2.Compose([v2.RandomResizedCrop(size, (scale,1)), v2.RandomHorizontalFlip(), *norm]))
     dl = torch.utils.data.DataLoader(ds, 32, shuffle=True, drop_last=True)
-    model,loss = resnet_small(n_class),nn.CrossEntropyLoss()
+    model,loss = resnet_small(n_classes(path)),nn.CrossEntropyLoss()
     opt = torch.optim.SGD(model.parameters(), lr, momentum=.9, weight_decay=1e-4)
     total,warm = n*len(dl),max(1, n//5)*len(dl)
     def at(k): return lr*((.01+.99*k/warm) if k<warm else .5*(1+math.cos(math.pi*(k-warm)/(total-warm))))
@@ -170,18 +172,18 @@ tune_epochs = {'fastai': 8, 'torchvision': 9, 'control': 7, 'full': 7}
 
 # ---- running
 
-def one_run(arm, n, seed, lr):
+def one_run(data, arm, n, seed, lr):
     "In a process of its own: what is counted, as JSON"
     torch.set_num_threads(1)
     default_device(False)
     f,_,_,kwargs = arms[arm]
-    path = photos(n_train, n_val)
+    path = data or photos(n_train, n_val)
     set_seed(seed)
     model,clock = f(path, n, lr, **kwargs)
     centre,rect = accuracies(model, path)
     return dict(arm=arm, epochs=n, seed=seed, lr=lr, cpu=clock.cpu, wall=clock.wall, centre=centre, rect=rect)
 
-def run_all(jobs, file):
+def run_all(jobs, file, data=None):
     "Two at a time, each on its core; finished runs are in `file` and not run again"
     done = [json.loads(l) for l in file.read_text().splitlines()] if file.exists() else []
     todo = [j for j in jobs if not any((d['arm'],d['epochs'],d['seed'],d['lr'])==j for d in done)]
@@ -191,7 +193,7 @@ def run_all(jobs, file):
         while True:
             with lock: job = next(jobs_left, None)
             if job is None: return
-            r = subprocess.run(['taskset','-c',str(core),sys.executable,__file__,'--one',json.dumps(job)], capture_output=True, text=True)
+            r = subprocess.run(['taskset','-c',str(core),sys.executable,__file__,'--one',json.dumps(job),*(['--data',data] if data else [])], capture_output=True, text=True)
             if r.returncode: raise RuntimeError(f'{job}: {r.stderr}')
             with lock:
                 with open(file, 'a') as f: f.write(r.stdout.splitlines()[-1]+'\n')
@@ -214,45 +216,47 @@ def cells(rows):
     for r in rows: res.setdefault((r['arm'],r['epochs']), []).append(r)
     return res
 
-def to_target(rows, arm, judge='centre', target=target):
+def to_target(rows, arm, judge, target):
     "CPU and wall seconds of the runs of the shortest fit whose median reaches `target`, None if there is none"
     for (a,n),rs in sorted(cells(rows).items()):
         if a==arm and statistics.median(r[judge] for r in rs)>=target: return n,rs
 
-def show(rows):
+def show(rows, target):
     of = cells(rows)
     print(f'{"arm":28}{"epochs":>6} {"n":>3}  CPU seconds          wall seconds         centre crop, %      rectangles, %')
     for arm in arms:
         for (a,n),rs in sorted(of.items()):
             if a==arm: print(f'{arm:28}{n:6} {len(rs):3}  '+'  '.join(spread([k*r[c] for r in rs]).ljust(19) for c,k in (('cpu',1),('wall',1),('centre',100),('rect',100))))
     for judge in ('centre','rect'):
-        base = {a: to_target(rows, a, judge) for a in ('fastai','control')}
+        base = {a: to_target(rows, a, judge, target) for a in ('fastai','control')}
         print(f'\nShortest fit whose median reaches {target:.0%} on {dict(centre="the centre crop", rect="rectangles")[judge]}')
         for arm in arms:
-            if not (t := to_target(rows, arm, judge)): print(f'{arm:28} none of those that were run'); continue
+            if not (t := to_target(rows, arm, judge, target)): print(f'{arm:28} none of those that were run'); continue
             ratios = [f'{statistics.median(r["cpu"] for r in t[1])/statistics.median(r["cpu"] for r in b[1]):.2f} of {a}' for a,b in base.items() if b]
             print(f'{arm:28}{t[0]:3} epochs, CPU {spread([r["cpu"] for r in t[1]])}, {", ".join(ratios)}')
 
-def setting():
+def setting(data=None, target=target):
     commit = subprocess.run(['git','describe','--always','--dirty'], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     cpu = next((o.split(':')[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name')), '')
-    return dict(argv=sys.argv[1:], commit=commit, cpu=cpu, cores=os.cpu_count(), target=target, n_train=n_train, n_val=n_val, size=size,
+    return dict(argv=sys.argv[1:], commit=commit, cpu=cpu, cores=os.cpu_count(), target=target, data=str(data) if data else f'{n_train} and {n_val} photos', size=size,
                 versions={o: version(o) for o in ('torch','torchvision','fastai','pillow','simplejpeg')})
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--json', type=Path, default='time_to_accuracy.json', help='file for the result; runs are appended to FILE.runs, and not repeated')
     p.add_argument('--tune', action='store_true', help='try the learning rates instead')
+    p.add_argument('--data', type=Path, help='folder in the layout of ImageNet; by default the built-in photos')
+    p.add_argument('--target', type=float, default=target, help='share of right answers')
     p.add_argument('--one', type=json.loads, help='one run: [arm, epochs, seed, lr]')
     args = p.parse_args()
-    if args.one: return print(json.dumps(one_run(*args.one)))
-    photos(n_train, n_val)
-    rows = run_all(tuning() if args.tune else counted(), args.json.with_suffix('.tune' if args.tune else '.runs'))
+    if args.one: return print(json.dumps(one_run(args.data, *args.one)))
+    if not args.data: photos(n_train, n_val)
+    rows = run_all(tuning() if args.tune else counted(), args.json.with_suffix('.tune' if args.tune else '.runs'), args.data)
     if args.tune:
         for (arm,lr),rs in itertools.groupby(sorted(rows, key=lambda r: (r['arm'],r['lr'])), lambda r: (r['arm'],r['lr'])):
             print(f'{arm:12} lr {lr:g}: {spread([100*r["centre"] for r in rs])}')
         return
-    show(rows)
-    args.json.write_text(json.dumps(dict(setting=setting(), runs=rows), indent=1))
+    show(rows, args.target)
+    args.json.write_text(json.dumps(dict(setting=setting(args.data, args.target), runs=rows), indent=1))
 
 if __name__=='__main__': main()
