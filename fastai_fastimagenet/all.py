@@ -30,4 +30,5 @@ from .planner import plan
 from .measured import measured_run, plan_measured
 from .whatif import options, scaling
 from .measure import measure
+from .autotune import auto_schedule, range_test, suggest_lr
 from .launch import launch

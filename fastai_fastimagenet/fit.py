@@ -9,6 +9,7 @@ __all__ = ['check_model', 'phase_cbs']
 from .core import *
 from .sizing import *
 from .schedule import *
+from .recipes import *
 from .rect import *
 from .models import *
 from .group import *
@@ -80,8 +81,7 @@ def fit_phases(self:Learner,
     **ddp # For `learn.ddp()`, which matters when a launcher started several processes: compress='fp16', ...
 )->Schedule: # The table that was carried out
     "Train by `schedule`; its column `data` needs the loaders of `imagenet_dls`. For another number of processes it is converted by linear scaling"
-    if not isinstance(schedule, Schedule):
-        raise ValueError(f"`schedule` must be a `Schedule`, e.g. recipes['imagenette_5'], got {schedule!r}")
+    check_schedule(schedule)
     given,schedule = schedule,schedule.for_world(num_distrib() or 1)
     if schedule is not given: say(schedule.notes[-1])
     _check_cbs(list(self.cbs)+list(L(cbs)))

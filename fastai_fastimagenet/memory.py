@@ -47,8 +47,9 @@ def largest(
     fits, # Function: does this number fit?
     most:int # The largest number of interest
 )->int: # 0 if no number that was tried fits
-    "The largest number that was tried and fits, by halving: 1 + log2(`most`) trials; that it fits is sure also where a smaller one does not"
-    low,high = 0,most+1
+    "The largest number that was tried and fits, `most` first, then by halving: 1 + log2(`most`) trials at most; that it fits is sure also where a smaller one does not"
+    if fits(most): return most
+    low,high = 0,most
     while high-low>1:
         mid = (low+high)//2
         low,high = (mid,high) if fits(mid) else (low,mid)

@@ -21,7 +21,9 @@ _about = '''Predict minutes, dollars and bottleneck of a phase table before the 
   fastimagenet-plan --schedule imagenet18_16 --machine p5.48xlarge --nodes 2
   fastimagenet-plan --schedule imagenet18_1 --machine p4d.24xlarge --nodes 1,2,4
   fastimagenet-plan --deadline 30                      the cheapest way to 93 % top-5
-  fastimagenet-plan --schedule mine.json --from runs/mine    rates of a run of yours'''
+  fastimagenet-plan --schedule mine.json --from runs/mine    rates of a run of yours
+  fastimagenet-plan --schedule photos --measure photos       rates of this machine, in a minute
+  fastimagenet-plan --actual runs/mine --machine g6.xlarge   what a run took, and what was predicted'''
 
 def _parser():
     p = ArgumentParser('fastimagenet-plan', description=_about, formatter_class=RawDescriptionHelpFormatter)
@@ -32,6 +34,9 @@ def _parser():
     p.add_argument('--region', help='for --price now and spot')
     p.add_argument('--images', type=int, help='training pictures; by default those of ImageNet, or of the run')
     p.add_argument('--from', dest='out', help='folder of a run: plan with its rates, for the machine it ran on')
+    p.add_argument('--measure', metavar='DATA', help='plan with the rates of this machine: a minute of steps on "photos", "imagenette" or a folder with train and val')
+    p.add_argument('--arch', help='model for --measure, as in fastimagenet-train')
+    p.add_argument('--actual', metavar='OUT', help='folder of a run: what it took, beside the plan of its table for --machine, --from or --measure, if one is given')
     p.add_argument('--budget', type=float, help='USD: the fastest way to 93 %% top-5 on ImageNet for that')
     p.add_argument('--deadline', type=float, help='minutes: the cheapest way to 93 %% in that time')
     p.add_argument('--json', action='store_true', help='print JSON')
@@ -55,13 +60,35 @@ def _nodes(text):
 
 def _check_together(a):
     "Options that say nothing together are an error"
-    goal = a.budget is not None or a.deadline is not None
+    goal,here = a.budget is not None or a.deadline is not None,'--from' if a.out else '--measure' if a.measure else None
+    its = f'{here} is for the machine {"of the run" if a.out else "that measures"}'
     for no,with_,why in ((goal and a.schedule,'--schedule','--budget and --deadline try the tables of 2018'), (goal and a.images is not None,'--images','--budget and --deadline are for ImageNet'),
-                         (goal and a.out,'--from','--budget and --deadline are for machines of the profiles'), (a.out and a.machine,'--machine','--from is for the machine of the run'),
+                         (goal and here,here,'--budget and --deadline are for machines of the profiles'), (goal and a.actual,'--actual','--budget and --deadline are for ImageNet'),
+                         (a.out and a.measure,'--measure','--from has the rates'), (here and a.machine,'--machine',its), (here and a.nodes,'--nodes',its),
                          (a.price in ('now','spot') and not a.machine or goal and a.price and not a.machine,'--price','it is the price of one --machine, which must be given'),
-                         (a.out and a.nodes,'--nodes','--from is for the machine of the run')):
+                         (a.arch and not a.measure,'--arch','it is the model of --measure; profiles are of ResNet-50'),
+                         (a.actual and a.schedule,'--schedule','--actual has that of the run'), (a.actual and a.images is not None,'--images','--actual has those of the run')):
         if no: raise ValueError(f'Leave out `{with_}`: {why}')
     if a.images is not None and a.images<1: raise ValueError(f'There must be training pictures, got --images {a.images}')
+
+def _is_first(): return os.environ.get('RANK', '0')=='0' # Of several processes, one prints
+
+def _measure(a, sched):
+    "Rates of this machine; of all processes that a launcher started"
+    from fastai_fastimagenet.train import get_learner
+    from fastai_fastimagenet.measure import measure
+    from fastai_fastimagenet.group import init_group
+    init_group()
+    learn = get_learner(a.measure, sched, a.arch)
+    if _is_first(): print('Measuring, about a minute', file=sys.stderr)
+    return measure(learn, sched)
+
+def _planned(a, sched, n_train):
+    "The plan, or `Scaling` for several numbers of machines"
+    if a.out: return plan_measured(sched, measured_run(a.out), _price(a), n_train)
+    if a.measure: return plan_measured(sched, _measure(a, sched), _price(a), n_train)
+    args,nodes = dict(price=_price(a), **({} if n_train is None else dict(n_train=n_train))),_nodes(a.nodes or '1')
+    return scaling(sched, a.machine, nodes, **args) if len(nodes)>1 else plan(sched, a.machine, nodes[0], **args)
 
 def _answer(a):
     "What to print: a text, and the same as data"
@@ -69,17 +96,20 @@ def _answer(a):
     if a.budget is not None or a.deadline is not None:
         found = options(a.budget, a.deadline, [a.machine] if a.machine else None, _nodes(a.nodes or '1,2,4,8,16'), {a.machine:_price(a)} if a.machine and a.price else None)
         return f'Predicted, to 93 % top-5:\n{show_options(found)}\n\n{found[0].plan}', [dict(recipe=o.recipe, **json.loads(o.plan.to_json())) for o in found]
+    if a.actual: return _compared(a)
     if not a.schedule: raise ValueError(f'Give a table with `--schedule`: a JSON file, or one of {", ".join(recipes)}. Or ask for `--deadline` or `--budget`')
-    sched = find_schedule(a.schedule)
-    if a.out: p = plan_measured(sched, measured_run(a.out), _price(a), a.images)
-    else:
-        if not a.machine: raise ValueError(f'Give a machine with `--machine`: one of {", ".join(profiles)}; or `--from` the folder of a run')
-        args,nodes = dict(price=_price(a), **({} if a.images is None else dict(n_train=a.images))),_nodes(a.nodes or '1')
-        if len(nodes)>1:
-            s = scaling(sched, a.machine, nodes, **args)
-            return f'Predicted, {a.machine}:\n{s}', [dict(efficiency=e, **json.loads(p.to_json())) for p,e in zip(s.plans, s.efficiency())]
-        p = plan(sched, a.machine, nodes[0], **args)
-    return str(p), json.loads(p.to_json())
+    if not (a.machine or a.out or a.measure): raise ValueError(f'Give a machine with `--machine`: one of {", ".join(profiles)}; or `--from` the folder of a run, or `--measure` with pictures')
+    p = _planned(a, find_schedule(a.schedule), a.images)
+    if isinstance(p, Plan): return str(p), json.loads(p.to_json())
+    return f'Predicted, {a.machine}:\n{p}', [dict(efficiency=e, **json.loads(o.to_json())) for o,e in zip(p.plans, p.efficiency())]
+
+def _compared(a):
+    "What a run took, beside a plan if there is a machine for one"
+    was = actual(a.actual, _price(a) if not a.machine else None)
+    if not (a.machine or a.out or a.measure): return str(was), json.loads(was.to_json())
+    if len(_nodes(a.nodes or '1'))>1: raise ValueError('Give one number of machines with `--nodes`: the run had one')
+    p = _planned(a, was.schedule, measured_run(a.actual).n_train)
+    return f'{p}\n\n{was}\n\n{beside(p, was)}', dict(predicted=json.loads(p.to_json()), actual=json.loads(was.to_json()))
 
 def main(argv=None):
     "Print a plan"
@@ -87,5 +117,6 @@ def main(argv=None):
     try: text,data = _answer(a)
     except KeyError as e: sys.exit(f'fastimagenet-plan: {e.args[0]}')
     except (ValueError,ImportError,OSError) as e: sys.exit(f'fastimagenet-plan: {e}')
+    if not _is_first(): return
     try: print(json.dumps(data, indent=1) if a.json else text, flush=True)
     except BrokenPipeError: os._exit(1) # `fastimagenet-plan ... | head`

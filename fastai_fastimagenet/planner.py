@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['resnet50_params', 'parts', 'load_ms', 'epoch_terms', 'allreduce_bytes', 'memory_gb', 'network_s', 'PhasePlan', 'Plan',
-           'plan']
+           'plan', 'check_batches']
 
 # %% ../nbs/31_planner.ipynb #47b84465
 import json, math
 from dataclasses import dataclass, asdict, replace
 from .phase import *
 from .schedule import *
+from .recipes import *
 from .machines import *
 
 # %% ../nbs/31_planner.ipynb #cc72d882
@@ -71,7 +72,7 @@ parts = ('compute','data','network','eval','switch')
 
 @dataclass(frozen=True)
 class PhasePlan:
-    "What a phase will take"
+    "What a phase will take, or took"
     phase:int # From 0
     epochs:str
     size:int # (pixels)
@@ -92,7 +93,7 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    "What a run will take, phase by phase; predictions all"
+    "What a run will take, phase by phase; or, in the same form, what one took"
     machine:str
     nodes:int
     price:float # USD per hour of one machine; None if it is not known
@@ -100,6 +101,8 @@ class Plan:
     rate_from:str
     schedule:Schedule
     phases:list # Of `PhasePlan`
+    notes:tuple=() # What is to be known, in words
+    word:str='Predicted' # Or 'Actual'
 
     @property
     def minutes(self)->float: return sum(p.seconds for p in self.phases)/60
@@ -116,7 +119,7 @@ class Plan:
 
     def to_json(self)->str:
         "The plan as JSON"
-        d = dict(predicted=True, machine=self.machine, nodes=self.nodes, minutes=self.minutes, dollars=self.dollars, price=self.price, price_from=self.price_from, rate_from=self.rate_from,
+        d = dict(predicted=self.word=='Predicted', notes=self.notes, machine=self.machine, nodes=self.nodes, minutes=self.minutes, dollars=self.dollars, price=self.price, price_from=self.price_from, rate_from=self.rate_from,
                  shares={k: self.share(k) for k in parts}, phases=[{**asdict(p), 'seconds':p.seconds} for p in self.phases], schedule=json.loads(self.schedule.to_json()))
         return json.dumps(d, indent=1)
 
@@ -125,11 +128,11 @@ class Plan:
     def __repr__(self):
         rows,head = [],('epochs','size','bs','steps','images/s','minutes','USD',*parts,'GB')
         for p in self.phases:
-            rows.append((p.epochs, p.size, p.bs, p.steps, f'{p.images_s:,.0f}', f'{p.seconds/60:.2f}', self._usd(p.seconds), *(f'{getattr(p, k)/p.seconds:.0%}' for k in parts), f'{p.memory_gb:.1f}'))
+            rows.append((p.epochs, p.size, p.bs, p.steps, f'{p.images_s:,.0f}', f'{p.seconds/60:.2f}', self._usd(p.seconds), *(f'{getattr(p, k)/p.seconds:.0%}' for k in parts), f'{p.memory_gb:.1f}' if p.memory_gb==p.memory_gb else '-'))
         rows.append(('all', '', '', sum(p.steps for p in self.phases), '', f'{self.minutes:.2f}', self._usd(60*self.minutes), *(f'{self.share(k):.0%}' for k in parts), ''))
         cost = f'about ${self.dollars:.2f} for {self.nodes} at ${self.price:g} per hour ({self.price_from}), start and end of the machines not included' if self.price is not None else f'price unknown: {self.price_from}'
-        lines = [f'Predicted: {self.minutes:.1f} minutes on {self.nodes} x {self.machine}, {cost}', '', text_table(head, rows, str.rjust), '',
-                 *dict.fromkeys(p.bottleneck for p in self.phases), f'Rates: {self.rate_from}', *self.schedule.notes]
+        lines = [f'{self.word}: {self.minutes:{".1f" if self.minutes>=10 else ".2f"}} minutes on {self.nodes} x {self.machine}, {cost}', '', text_table(head, rows, str.rjust), '',
+                 *dict.fromkeys(p.bottleneck for p in self.phases), f'Rates: {self.rate_from}', *self.notes, *self.schedule.notes]
         return '\n'.join(lines)
 
 # %% ../nbs/31_planner.ipynb #39eaf8a7
@@ -168,18 +171,28 @@ def plan(
     n_valid:int=50_000 # Validation pictures
 )->Plan:
     "What ResNet-50 with `schedule` takes on `nodes` machines; `ValueError` if it does not fit into their memory, `KeyError` if the machine is not known"
+    check_schedule(schedule)
     m = profiles[machine]
     if not is_int(nodes) or nodes<1: raise ValueError(f'`nodes` must be a number of machines, 1 or more, got {nodes!r}')
     if price is not None and not (is_num(price) and price>=0): raise ValueError(f'`price` must be dollars per hour of one machine, got {price!r}')
     if n_train<1 or n_valid<0: raise ValueError(f'There must be training pictures, got {n_train} and {n_valid} for validation')
     schedule = schedule.for_world(nodes*m.gpus)
     for p in schedule.phases: _check_memory(p, m)
+    check_batches(schedule, n_train)
     res = []
     for i in range(len(schedule.phases)):
         p,need,can = _phase_plan(schedule, i, m, nodes, n_train, n_valid)
         res.append(replace(p, bottleneck=_bottleneck(p, m, nodes, need, can, schedule.phases[i].data)))
     usd,source = (price,'given') if price is not None else (m.usd,m.usd_from)
     return Plan(machine, nodes, usd, source, m.rate_from, schedule, res)
+
+def check_batches(
+    schedule:Schedule,
+    n_train:int # Training pictures
+):
+    "`ValueError` if a batch is larger than the training set, as training says too"
+    for p in schedule.phases:
+        if p.bs*schedule.world>n_train: raise ValueError(f'A batch of {p.bs*schedule.world} pictures, {p.bs} on each of {schedule.world} processes, is larger than the training set of {n_train}. Use smaller batches or fewer processes')
 
 def _check_memory(p, m):
     have = 1.0737*m.gpu_gb*.95

@@ -76,6 +76,7 @@ class RectTraining(FitCallback):
         self.n_shapes,self.multiple = n_shapes,multiple
 
     def before_fit(self):
+        if not any(at_epoch(self.rect_epochs, e) for e in range(self.n_epoch)): warn(f'`RectTraining` starts at epoch {min(self.rect_epochs)}, this fit has {self.n_epoch}: it does nothing')
         dl = dl_layers(self.dls.train)[-1]
         crop = [f for f in getattr(dl, 'after_item', Pipeline()).fs if type(f)==RandomResizedCrop]
         if not isinstance(dl, ImageDL) or not dl.made_by_pool() or not crop or crop[0].size[0]!=crop[0].size[1]:

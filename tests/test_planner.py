@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from fastai_fastimagenet.machines import profiles
-from fastai_fastimagenet.measured import Measured, Point, measured_run, plan_measured
+from fastai_fastimagenet.measured import Measured, Point, actual, beside, measured_run, plan_measured
 from fastai_fastimagenet.phase import Phase
 from fastai_fastimagenet.plan_cli import main
 from fastai_fastimagenet.planner import allreduce_bytes, parts, plan
@@ -42,6 +42,10 @@ def test_command():
     (['--deadline','30','--schedule','imagenet18_1'], 'Leave out `--schedule`'), (['--deadline','30','--from','x'], 'Leave out `--from`'), (['--deadline','30','--nodes','0'], '`nodes` must be'),
     (['--deadline','30','--nodes','200'], 'No table of 2018 fits'), (['--schedule','imagenet18_1','--machine','a100'], 'Nearest: p4d.24xlarge, p4de.24xlarge'),
     (['--schedule','imagenet18_1','--machine','p5.48xlarge','--images','0'], 'There must be training pictures'),
+    (['--schedule','imagenet18_16','--machine','p5.48xlarge','--images','500'], 'is larger than the training set of 500'),
+    (['--from','x','--measure','photos'], 'Leave out `--measure`'), (['--measure','photos','--machine','p5.48xlarge'], 'Leave out `--machine`'), (['--deadline','9','--measure','x'], 'Leave out `--measure`'),
+    (['--schedule','imagenet18_1','--machine','p5.48xlarge','--arch','resnet18'], 'Leave out `--arch`'), (['--actual','x','--schedule','photos'], 'Leave out `--schedule`'), (['--actual','no/such/run'], 'holds no run'),
+    (['--schedule','photos','--measure','no/such/folder'], 'no/such/folder'),
     (['--deadline','30','--price','2'], 'Leave out `--price`'), (['--from','x','--schedule','imagenet18_1','--price','now'], 'Leave out `--price`'),
     (['--budget','-1'], '`budget` must be more than 0'), (['--deadline','.01'], 'The fastest: '),
 ])
@@ -103,7 +107,7 @@ def test_network_bytes():
     "Logged in 2018 for 64 GPUs, MB per step and machine (cybertronai/imagenet18_old, dawn/logs)"
     for mb in (99.7,100.1,101.4,103.5,101.8): assert allreduce_bytes(64)==pytest.approx(1e6*mb, rel=.05)
 
-def test_plan_from_history(small_photos, tmp_path):
+def test_plan_from_history(small_photos, tmp_path, capsys):
     "The plan for the table that a run had is what the run took, and it follows the pictures for another one"
     sched = Schedule([Phase(2, 32, 16, .01), Phase(2, 48, 16, .01), Phase(1, 48, 32, .02, rect=True)])
     sched.save(tmp_path/'s.json')
@@ -117,6 +121,33 @@ def test_plan_from_history(small_photos, tmp_path):
     assert sum(o.compute for o in p.phases)==pytest.approx(rows.compute_s.sum(), rel=.5) # Medians of two
     assert plan_measured(sched, m, n_train=10*m.n_train).phases[0].compute==pytest.approx(10*p.phases[0].compute)
     with pytest.raises(SystemExit): main(['--schedule',str(tmp_path/'s.json'),'--from',str(tmp_path)])
+    was = actual(out, price=2.)
+    assert [(o.steps,o.images) for o in was.phases]==[(50,800),(50,800),(12,384)] and was.dollars==pytest.approx(2*was.minutes/60) # Training leaves out the last 16 of 400
+    assert was.minutes==pytest.approx(rows.minutes.iloc[-1], rel=.02) and was.phases[0].eval==pytest.approx(rows.eval_s[:2].sum())
+    text = beside(p, was)
+    assert text.splitlines()[-1].split()[:3]==['all',f'{p.minutes:.2f}',f'{was.minutes:.2f}'] and len(text.splitlines())==5
+    with pytest.raises(ValueError, match='another table'): beside(plan_measured(Schedule(sched.phases[:2]), m), was)
+    capsys.readouterr()
+    main(['--actual',str(out),'--from',str(out),'--json'])
+    d = json.loads(capsys.readouterr().out)
+    assert d['predicted']['predicted'] is True and d['actual']['predicted'] is False and d['actual']['minutes']==pytest.approx(was.minutes)
+    main(['--actual',str(out)])
+    assert capsys.readouterr().out.startswith('Actual: ')
+
+def test_measured_from_the_shell(small_photos, tmp_path, capsys):
+    "A plan for this machine; sizes of the table only"
+    Schedule([Phase(2, 32, 16, .01), Phase(1, 48, 16, .01)]).save(tmp_path/'s.json')
+    main(['--schedule',str(tmp_path/'s.json'),'--measure',str(small_photos),'--arch','resnet_small','--json'])
+    d = json.loads(capsys.readouterr().out)
+    assert [(p['size'],p['steps']) for p in d['phases']]==[(32,50),(48,25)] and d['minutes']>0 and not d['notes']
+
+@pytest.mark.parametrize('price,usd', [('now',21.96),('spot',2.47)])
+def test_price_of_today(aws, capsys, price, usd):
+    aws.set(spot_prices={'p4d.24xlarge/us-east-1b': 2.47})
+    main(['--schedule','imagenet18_1','--machine','p4d.24xlarge','--price',price,'--region','us-east-1','--json'])
+    out,err = capsys.readouterr()
+    d = json.loads(out)
+    assert d['price']==usd and d['dollars']==pytest.approx(usd*d['minutes']/60) and err.startswith('Price: ')
 
 def test_what_was_not_measured():
     "A fixed part and one that grows with the pixels, found from other sizes"
@@ -124,4 +155,8 @@ def test_what_was_not_measured():
     m = Measured(tuple(Point(s, b, step(s, b), .001*b, 1e-4*s*s, .1) for s,b in ((64,32),(96,32),(128,16))), 1, 3200, 'here')
     assert m.step(160, 8)==pytest.approx((step(160, 8),.008)) and m.eval(160)==pytest.approx(1e-4*160**2)
     p = plan_measured(Schedule([Phase(3, 160, 8, .1)]), m, price=2.)
+    assert 'Not measured but reckoned from other sizes and batches: 160 px in batches of 8' in repr(p) and not plan_measured(Schedule([Phase(3, 64, 32, .1)]), m).notes
+    with pytest.raises(ValueError, match='larger than the training set of 3200'): plan_measured(Schedule([Phase(3, 64, 3201, .1)]), m)
+    for f in (lambda: plan_measured('photos', m), lambda: plan('photos', 'p4d.24xlarge')):
+        with pytest.raises(ValueError, match='must be a `Schedule`'): f()
     assert p.phases[0].compute==pytest.approx(3*400*step(160, 8)) and p.dollars==pytest.approx(2*p.minutes/60)

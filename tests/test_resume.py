@@ -166,7 +166,7 @@ def test_script_stopped_and_resumed(small_photos, tmp_path):
         p.terminate()
         out,err = p.communicate(timeout=60)
     finally: p.kill()
-    assert p.returncode==143 and 'Stopped by SIGTERM. Saved:' in out and not err, (out, err)
+    assert p.returncode==143 and 'Stopped by SIGTERM. Saved:' in out and f'--resume {tmp_path}/o' in out and not err, (out, err)
     (tmp_path/'s.json').unlink()
     r = run(*train, '--resume', tmp_path/'o')
     assert 'Resumed from' in r.stdout and 'after 3 epochs' in r.stdout

@@ -25,7 +25,7 @@ def aws_session(region:str=None):
     try: import boto3
     except ImportError: raise ImportError('AWS needs boto3: pip install fastai_fastimagenet[aws]') from None
     s = boto3.Session(region_name=region)
-    if not s.region_name: raise ValueError("Which region? Say region='us-east-1', or set AWS_DEFAULT_REGION")
+    if not s.region_name: raise ValueError("Which region? Say region='us-east-1' (in the shell `--region us-east-1`), or set AWS_DEFAULT_REGION")
     return s
 
 # %% ../../nbs/56_cluster.order.ipynb #f12be9c7
