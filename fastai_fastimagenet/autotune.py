@@ -31,8 +31,9 @@ class _RangeTest(FitCallback):
 
     def after_batch(self):
         self.seen.append(mean(gather(float(self.loss.detach().mean()))))
-        far = len(self.seen)>_n_start and mean(self.seen[-5:])>4*mean(self.seen[:_n_start])
-        if len(self.seen)==len(self.tried) or far or not math.isfinite(self.seen[-1]): raise CancelFitException
+        if len(self.seen)<=_n_start: return
+        far = not mean(self.seen[-5:])<=4*mean(self.seen[:_n_start]) # Or no number
+        if len(self.seen)==len(self.tried) or far: raise CancelFitException
 
     def before_validate(self): raise CancelValidException
 
@@ -46,6 +47,7 @@ def range_test(
     seed:int=0 # Of the pictures' order and crops
 )->tuple: # Learning rates, and the loss in the step with each; the lists end where the loss is four times that of the first steps, or no number
     "Losses while the learning rate grows; `learn` is left as it was. In several processes all must call it, and all get the means"
+    if steps<=_n_start: raise ValueError(f'`steps` must be more than {_n_start}, the steps that say where the loss begins; got {steps}')
     tried = [low*(high/low)**(i/(steps-1)) for i in range(steps)]
     test,world = _RangeTest(tried),num_distrib() or 1
     n = math.ceil(steps/max(1, dl_layers(learn.dls.train)[-1].n//(bs*world)))
@@ -61,8 +63,9 @@ def suggest_lr(
 )->float:
     "The highest learning rate for `auto_table`: a 64th of that from which on the loss is a tenth or more above where it began"
     start = losses[:_n_start]
-    if len(losses)<=_n_start or not all(map(math.isfinite, start)):
-        raise ValueError(f'The loss is no number after {len(losses)} steps with a learning rate of at most {lrs[-1]:.3g}: this model cannot be trained as it is')
+    if len(losses)<=_n_start: raise ValueError(f'More than {_n_start} losses are needed, got {len(losses)}')
+    if not all(map(math.isfinite, start)):
+        raise ValueError(f'The loss is no number with a learning rate of {lrs[_n_start]:.3g} or less: this model cannot be trained as it is')
     top = mean(start)+max(_above*mean(start), 3*pstdev(start))
     votes = list(itertools.accumulate(1 if l<=top else -1 for l in losses)) # NaN is not <= either
     return _part*lrs[len(votes)-1-votes[::-1].index(max(votes))]
@@ -89,9 +92,10 @@ def auto_table(
     at_full = min(round(n_epoch*sum(shares[:2])), n_epoch-1) # One epoch at least
     ends,warm,first_bs = [0, min(round(n_epoch*shares[0]), at_full), at_full, n_epoch],n_epoch/5,bs[sizes[0]]
     def line(e): return lr*(.1+.9*e/warm) if e<warm else lr*(n_epoch-e)/(n_epoch-warm)
-    cuts,res = sorted({*ends, warm}),[]
+    until = {s: end for s,end in zip(sizes, ends[1:])}
+    cuts,res = sorted({0, warm, *until.values()}),[]
     for a,b in zip(cuts, cuts[1:]):
-        size = next(s for s,end in zip(sizes, ends[1:]) if a<end)
+        size = next(s for s,end in until.items() if a<end)
         k = bs[size]/first_bs
         res.append(Phase(b-a, size, bs[size], (k*line(a),k*line(b)), min_scale=min_scale))
     return Schedule(res, world)
@@ -115,6 +119,8 @@ def _measure_sizes(learn, sizes, seconds, world):
     return batches,points
 
 # %% ../nbs/43_autotune.ipynb #15a1693a
+_most_epochs = 1000
+
 def auto_schedule(
     learn:Learner, # With its data, model and optimizer; its loaders set the size of the last phase
     minutes:float # For training with the table, evaluation included
@@ -129,7 +135,7 @@ def auto_schedule(
     measured = Measured(tuple(points), world, dl_layers(learn.dls.train)[-1].n, 'measured here')
     def table(n): return auto_table(n, sizes, batches, lr, min_scale, world)
     def takes(n): return plan_measured(table(n), measured).minutes
-    n = largest(lambda n: takes(n)<=minutes, 1000)
+    n = largest(lambda n: takes(n)<=minutes, _most_epochs)
     if not n: raise ValueError(f'One epoch takes {takes(1):.2f} minutes here. Give more than that, take smaller pictures or fewer of them')
-    note = f'auto: {n} epochs, {takes(n):.2f} of {minutes:g} minutes expected; learning rate {lr:.3g} from a range test with batches of {batches[sizes[0]]*world}'
+    note = f'auto: {n} epochs{", the most that are tried"*(n==_most_epochs)}, {takes(n):.2f} of {minutes:g} minutes expected; learning rate {lr:.3g} from a range test with batches of {batches[sizes[0]]*world}'
     return Schedule(table(n).phases, world, (note,))

@@ -11,9 +11,7 @@ from argparse import ArgumentParser
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from packaging.requirements import Requirement
-from .machines import *
-from .planner import *
+from .cli import *
 
 # %% ../nbs/44_doctor.ipynb #f5e7ac82
 @dataclass(frozen=True)
@@ -27,6 +25,8 @@ class Finding:
 
 def packages()->list: # Of `Finding`
     "The packages that this one needs, in versions that it knows"
+    try: from packaging.requirements import Requirement
+    except ImportError: return [Finding('wrong', 'packaging is not installed', 'pip install packaging')]
     res = []
     for r in map(Requirement, requires('fastai_fastimagenet')):
         if r.marker: continue # Of an extra
@@ -80,11 +80,14 @@ def cores(
     names:list # Of the GPUs
 )->list: # Of `Finding`
     "Do the cores load as many pictures as the GPUs take?"
-    n,rate = os.process_cpu_count() if hasattr(os, 'process_cpu_count') else len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),loads()
-    what = f'{n} cores load about {n*rate:,.0f} pictures/s at 128 px, {rate:,.0f} each'
+    from fastai_fastimagenet.machines import profiles
+    from fastai_fastimagenet.planner import load_ms, per_vcpu
+    n,one = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),loads()
+    rate = one*per_vcpu*min(n, 8*max(1, len(names))) # As many loader processes as there are by default
+    what = f'{n} virtual cores load about {rate:,.0f} pictures/s at 128 px, one alone {one:,.0f}'
     takes = sum(max((m.images_s for m in profiles.values() if m.gpu in name), default=0) for name in names)*(224/128)**2
     if not takes: return [Finding('ok', what)]
-    if n*rate>takes: return [Finding('ok', f'{what}; ResNet-50 on these GPUs takes {takes:,.0f}')]
+    if rate>takes: return [Finding('ok', f'{what}; ResNet-50 on these GPUs takes {takes:,.0f}')]
     faster = load_ms('', 128)/load_ms('-sz/160', 128)
     return [Finding('better', f'{what}; ResNet-50 on these GPUs takes {takes:,.0f}', f'fastimagenet-presize DATA --short 160 makes loading about {faster:.0f} times as fast')]
 
@@ -105,13 +108,16 @@ def disk(
     "How fast files below `path` can be read one by one, past the cache where the system can do that, and what is free"
     path = Path(path).expanduser()
     if not path.is_dir(): return [Finding('wrong', f'{path} is no folder', 'give one with train and val')]
-    files,size,began = _some_files(path),0,0.
+    try: files = _some_files(path)
+    except OSError as e: return [Finding('wrong', f'{path} cannot be read', str(e))]
     if not files: return [Finding('wrong', f'{path} holds no files', 'give a folder with train and val')]
-    for f in files:
-        with open(f, 'rb') as o:
-            if hasattr(os, 'posix_fadvise'): os.posix_fadvise(o.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    began = time.perf_counter()
-    for f in files: size += len(Path(f).read_bytes())
+    try:
+        for f in files:
+            with open(f, 'rb') as o:
+                if hasattr(os, 'posix_fadvise'): os.posix_fadvise(o.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        began = time.perf_counter()
+        size = sum(len(Path(f).read_bytes()) for f in files)
+    except OSError as e: return [Finding('wrong', f'{e.filename} cannot be read', e.strerror)]
     t = max(time.perf_counter()-began, 1e-9)
     what = f'{path}: one process reads {len(files)/t:,.0f} files/s, {size/t/1e6:,.0f} MB/s; {shutil.disk_usage(path).free/1e9:,.0f} GB are free'
     return [Finding('ok', what) if len(files)/t>500 else Finding('better', what, 'this disk is slow for small files: copy the pictures to a local SSD, or fastimagenet-presize --format raw, which reads few large ones')]
@@ -146,7 +152,7 @@ def examine(
     path=None # Folder with pictures
 )->list: # Of `Finding`
     "All of it"
-    res = [Finding('ok', f'Python {platform.python_version()}, {platform.platform()}'), Finding('ok', f'fastai_fastimagenet {version("fastai_fastimagenet")}'), *packages()]
+    res = [Finding('ok', f'Python {platform.python_version()}, {platform.platform()}'), Finding('ok', version_text), *packages()]
     if any(o.level=='wrong' for o in res): return res # Nothing else could be imported
     import torch
     found = gpus()
@@ -157,7 +163,7 @@ def main(argv=None):
     "Examine this machine; the exit status is 1 if something is wrong"
     p = ArgumentParser('fastimagenet-doctor', description='What is missing on this machine, and what would make it train faster.')
     p.add_argument('data', nargs='?', help='folder with pictures, to see how fast they can be read')
-    p.add_argument('--version', action='version', version=f'fastai_fastimagenet {version("fastai_fastimagenet")}')
+    p.add_argument('--version', action='version', version=version_text)
     found = examine(p.parse_args(argv).data)
     print(*found, sep='\n')
     n = sum(o.level=='better' for o in found)

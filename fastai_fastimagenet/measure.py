@@ -15,16 +15,22 @@ from .schedule import *
 from .recipes import *
 from .group import *
 from .measured import *
+from .live import *
+from .monitor import *
+from .tensorboard import *
+from .checkpoint import *
 from .fit import *
 from fastai.basics import *
 from fastai.callback.core import *
+from fastai.callback.progress import *
+from fastai.callback.tracker import *
 
 # %% ../nbs/42_measure.ipynb #e55c3e6a
 class _Stopwatch(FitCallback):
     "Time steps and evaluation, `seconds` for each epoch"
     order = 56 # After `EpochLog` (55)
     least = 6 # Steps
-    def __init__(self, seconds): self.share,self.points = seconds,[]
+    def __init__(self, schedule, seconds): self.schedule,self.share,self.points = schedule,seconds,[]
 
     def _now(self):
         if torch.cuda.is_available(): torch.cuda.synchronize()
@@ -34,9 +40,9 @@ class _Stopwatch(FitCallback):
 
     def before_train(self):
         self.epoch_at,self.at = self.at,self._now()
-        self.began,self.waits,self.steps = self.at,[],[]
+        self.began,self.waits,self.steps,self.n_images = self.at,[],[],[]
 
-    def before_validate(self): self.valid_at,self.n_valid = self._now(),0
+    def before_validate(self): self.valid_at,self.n_valid,self.all_valid = self._now(),0,len(self.learn.dl) # Of this process
 
     def before_batch(self):
         if not self.learn.training: return
@@ -48,23 +54,24 @@ class _Stopwatch(FitCallback):
         now = self._now()
         if self.learn.training:
             self.steps.append(now-self.at)
+            self.n_images.append(find_bs(self.learn.xb))
             self.at = now
             if len(self.steps)>=self.least and any(gather(now-self.began>.7*self.share)): raise CancelTrainException
         else:
-            self.n_valid += 1
+            self.n_valid,self.valid_end = self.n_valid+1,now
             if self.n_valid>=2 and now-self.valid_at>.3*self.share: raise CancelValidException
 
     def after_train(self): self.trained_at = self._now()
 
     def after_epoch(self):
-        now,dl,k = self._now(),dl_layers(self.dls.train)[-1],len(self.steps)//2
-        valid = (now-self.valid_at)*len(self.dls.valid)/max(1, self.n_valid)
+        row,k = self.schedule.at(self.epoch),len(self.steps)//2
+        valid = (self.valid_end-self.valid_at)*self.all_valid/self.n_valid if self.n_valid else 0.
         step,wait = (sum(o[k:])/len(o[k:]) for o in (self.steps,self.waits))
+        full = row.bs*len(self.n_images[k:])/sum(self.n_images[k:]) # Rectangles of `RectTraining` are fewer in a batch
         extra = self.trained_at-self.epoch_at-sum(self.steps)-sum(self.waits)+max(0., sum(self.waits[:k])-k*wait)+max(0., sum(self.steps[:k])-k*step)
-        size,bs = int(min(self.x.shape[-2:])),dl.bs
         was = (self.points[-1].size,self.points[-1].bs) if self.points else None
-        self.points.append(Point(size, bs, step, wait, valid, extra, was!=(size,bs)))
-        self.at = now
+        self.points.append(Point(row.size, row.bs, full*step, full*wait, valid, extra, was!=(row.size,row.bs), row.data, row.rect))
+        self.at = self._now()
 
 # %% ../nbs/42_measure.ipynb #f86653c3
 def _settings(schedule):
@@ -74,20 +81,23 @@ def _settings(schedule):
     ps = list(seen.values())
     return Schedule([replace(ps[0], n_epoch=2), *ps[1:]], schedule.world)
 
+_watchers = (TrackerCallback,CSVLogger,Checkpoint,TimeToAccuracy,FiniteLoss,EpochLog,TensorBoard,LiveView)
+
 @contextmanager
 def untouched(
     learn:Learner,
     seed:int=0 # Of what is random inside
 ):
-    "Leave weights, optimizer, order of pictures and random numbers of `learn` as they were, whatever is trained inside, in silence"
-    model,opt,dl = learn.model,learn.opt,dl_layers(learn.dls.train)[-1]
+    "Leave weights, optimizer, order of pictures and random numbers of `learn` as they were, whatever is trained inside; without metrics, and without callbacks that write, watch or stop"
+    model,opt,metrics,dl = learn.model,learn.opt,learn.metrics,dl_layers(learn.dls.train)[-1]
+    watchers = [c for c in learn.cbs if isinstance(c, _watchers)]
     weights,rng = {k: v.detach().cpu().clone() for k,v in model.state_dict().items()},getattr(dl, 'rng', None)
-    learn.opt,dl.rng = None,random.Random(seed)
+    learn.opt,learn.metrics,dl.rng = None,[],random.Random(seed)
     try:
-        with no_random(seed, reproducible=False), learn.no_bar(), learn.no_logging(): yield
+        with no_random(seed, reproducible=False), learn.removed_cbs(watchers), learn.no_bar(), learn.no_logging(): yield
     finally:
         model.load_state_dict(weights)
-        learn.opt,dl.rng = opt,rng
+        learn.opt,learn.metrics,dl.rng = opt,metrics,rng
 
 _passes = 3 # At most; medians of three do not mind one that something disturbed
 
@@ -103,7 +113,7 @@ def measure(
     short,points,began = _settings(schedule.for_world(num_distrib() or 1)),[],time.perf_counter()
     with untouched(learn):
         for i in range(_passes):
-            watch = _Stopwatch((seconds-(time.perf_counter()-began))/short.n_epoch)
+            watch = _Stopwatch(short, (seconds-(time.perf_counter()-began))/short.n_epoch)
             learn.fit_phases(short, cbs=[*L(cbs), watch])
             points += watch.points
             took = time.perf_counter()-began

@@ -26,6 +26,8 @@ class Point:
     eval_s:float # Seconds of the evaluation after an epoch
     epoch_s:float # Seconds of an epoch that are neither steps nor evaluation
     new:bool=False # Was it an epoch with a new size or batch?
+    data:str='' # Which copies were read
+    rect:bool=False # Was it evaluated on rectangles?
 
 @dataclass(frozen=True)
 class Measured:
@@ -35,17 +37,17 @@ class Measured:
     n_train:int # Training pictures
     source:str # Where this was measured, in words
 
-    def _same(self, size, bs): return [p for p in self.points if (p.size,p.bs)==(size,bs)]
+    def knows(self, size:int, bs:int, data:str=''): return any((p.size,p.bs,p.data)==(size,bs,data) for p in self.points)
 
-    def step(self, size:int, bs:int)->tuple: # Seconds of computation, seconds of waiting
+    def step(self, size:int, bs:int, data:str='')->tuple: # Seconds of computation, seconds of waiting
         "A step, as measured; for a batch that was not, from a line through those that were: a fixed part, and one that grows with the pixels"
-        if same := self._same(size, bs): return median(p.step_s for p in same),median(p.wait_s for p in same)
-        near = min(self.points, key=lambda p: (abs(math.log(p.size/size)),abs(math.log(p.bs/bs))))
+        if same := [p for p in self.points if (p.size,p.bs,p.data)==(size,bs,data)]: return median(p.step_s for p in same),median(p.wait_s for p in same)
+        near = min(self.points, key=lambda p: (p.data!=data,abs(math.log(p.size/size)),abs(math.log(p.bs/bs))))
         return _line([(p.bs*p.size**2,p.step_s) for p in self.points])(bs*size**2),near.wait_s*bs/near.bs
 
-    def eval(self, size:int)->float: # Seconds
+    def eval(self, size:int, rect:bool=False)->float: # Seconds
         "The evaluation after an epoch"
-        if same := [p.eval_s for p in self.points if p.size==size]: return median(same)
+        if same := [p.eval_s for p in self.points if (p.size,p.rect)==(size,rect)]: return median(same)
         return _line([(p.size**2,p.eval_s) for p in self.points])(size**2)
 
     def epoch(self, new:bool)->float: # Seconds
@@ -77,12 +79,13 @@ def measured_run(
     "The rates of a run; `ValueError` if the folder holds none"
     out = Path(out)
     rows = _history(out)
-    world = Schedule.load(out/'schedule.json').world if (out/'schedule.json').exists() else 1
-    points,was = [],None
+    sched,points,was = Schedule.load(out/'schedule.json'),[],None
+    world = sched.world
     for r in rows:
+        row = sched.at(r['epoch'])
         now,n = (int(r['size']),int(r['bs'])),r['images_s']*(r['compute_s']+r['data_s'])
         steps = math.ceil(round(n/world)/now[1])
-        points.append(Point(*now, r['compute_s']/steps, r['data_s']/steps, r['eval_s'], r['switch_s']+r['other_s'], now!=was))
+        points.append(Point(*now, r['compute_s']/steps, r['data_s']/steps, r['eval_s'], r['switch_s']+r['other_s'], now!=was, row.data, row.rect))
         was = now
     return Measured(tuple(points), world, round(median(r['images_s']*(r['compute_s']+r['data_s']) for r in rows)), f'the run in {out}')
 
@@ -100,15 +103,14 @@ def plan_measured(
     res = []
     for i,(p,start) in enumerate(zip(schedule.phases, schedule.starts)):
         steps = p.n_epoch*schedule.batches(int(start), n_train)
-        step,wait = measured.step(p.size, p.bs)
+        step,wait = measured.step(p.size, p.bs, p.data)
         was = schedule.phases[i-1] if i else None
         new = start==int(start) and (not was or (was.size,was.bs)!=(p.size,p.bs))
-        times = dict(compute=steps*step, data=steps*wait, network=0., eval=p.n_epoch*measured.eval(p.size), switch=p.n_epoch*measured.epoch(False)+new*max(0., measured.epoch(True)-measured.epoch(False)))
+        times = dict(compute=steps*step, data=steps*wait, network=0., eval=p.n_epoch*measured.eval(p.size, p.rect), switch=p.n_epoch*measured.epoch(False)+new*max(0., measured.epoch(True)-measured.epoch(False)))
         what = dict(compute='computing', data='loading: presize, or use more workers', eval='evaluation', switch='starting epochs and changing sizes')
         res.append(PhasePlan(i, f'{start:g}-{start+p.n_epoch:g}', p.size, p.bs, round(steps), round(n_train*p.n_epoch), **times, memory_gb=math.nan,
                              images_s=n_train*p.n_epoch/(times['compute']+times['data']), bottleneck=f'{p.size} px, batch {p.bs}: {what[max(what, key=times.get)]}'))
-    known = {(o.size,o.bs) for o in measured.points}
-    new = dict.fromkeys(f'{p.size} px in batches of {p.bs}' for p in schedule.phases if (p.size,p.bs) not in known)
+    new = dict.fromkeys(f'{p.size} px in batches of {p.bs}{f" from {p.data}"*bool(p.data)}' for p in schedule.phases if not measured.knows(p.size, p.bs, p.data))
     notes = [f'Not measured but reckoned from other sizes and batches: {", ".join(new)}'] if new else []
     return Plan('machine as measured', 1, price, _price_from(price), measured.source, schedule, res, notes)
 
@@ -133,18 +135,20 @@ def _phase_actual(sched, i, rows):
     steps = sum(math.ceil(r['images_s']*(r['compute_s']+r['data_s'])/sched.world/p.bs-1e-6) for r in rows)
     most = max(('compute','data','eval'), key=t.get)
     return PhasePlan(i, f'{sched.starts[i]:g}-{sched.starts[i]+p.n_epoch:g}', p.size, p.bs, steps, images, t['compute'], t['data'], 0., t['eval'], t['switch']+t['other'],
-                     math.nan, images/(t['compute']+t['data']), f'{p.size} px, batch {p.bs}: {most} took most')
+                     math.nan, images/(t['compute']+t['data']), f'{p.size} px, batch {p.bs}: {most} took most', tuple(int(r['epoch']) for r in rows))
 
 def beside(
     predicted:Plan,
     actual:Plan # From `actual`, of the same table
 )->str:
-    "Minutes of each phase as predicted and as they were; `ValueError` if the tables differ"
+    "Minutes of each phase as predicted for the epochs that were made, and as they were; `ValueError` if the tables differ"
     a,b = predicted.schedule,actual.schedule
-    if [(p.n_epoch,p.size,p.bs) for p in a.phases]!=[(p.n_epoch,p.size,p.bs) for p in b.phases] or a.world!=b.world:
-        raise ValueError(f'The plan is for another table than that of the run:\n{a}\n\nThe run:\n{b}')
-    was = {p.phase: p for p in actual.phases}
+    if a.world!=b.world: raise ValueError(f'The run had {b.world} processes, the plan is for {a.world}: plan for a machine, and as many of them, that have {b.world} together')
+    if [(p.n_epoch,p.size,p.bs) for p in a.phases]!=[(p.n_epoch,p.size,p.bs) for p in b.phases]: raise ValueError(f'The plan is for another table than that of the run:\n{a}\n\nThe run:\n{b}')
+    def epoch(e): # Phases may share it
+        return sum(max(0, min(e+1, s+p.n_epoch)-max(e, s))*q.seconds/p.n_epoch for s,p,q in zip(a.starts, a.phases, predicted.phases))
     def row(name, x, y): return (name, f'{x/60:.2f}', f'{y/60:.2f}', f'{x/y-1:+.0%}')
-    rows = [row(p.epochs, p.seconds, was[p.phase].seconds) for p in predicted.phases if p.phase in was]
-    rows.append(row('all', sum(p.seconds for p in predicted.phases if p.phase in was), 60*actual.minutes))
+    pairs = [(p.epochs, sum(map(epoch, p.made)), p.seconds) for p in actual.phases]
+    rows = [row(*o) for o in pairs]
+    rows.append(row('all', sum(x for _,x,_ in pairs), 60*actual.minutes))
     return text_table(('epochs','predicted','actual minutes','error'), rows, str.rjust)

@@ -7,7 +7,10 @@ __all__ = ['main']
 
 # %% ../nbs/65_plan_cli.ipynb #a58abce5
 import json, os, sys
+from dataclasses import replace
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from fastcore.imports import IN_NOTEBOOK
+from .cli import *
 from .schedule import *
 from .recipes import *
 from .machines import *
@@ -27,12 +30,13 @@ _about = '''Predict minutes, dollars and bottleneck of a phase table before the 
 
 def _parser():
     p = ArgumentParser('fastimagenet-plan', description=_about, formatter_class=RawDescriptionHelpFormatter)
+    p.add_argument('--version', action='version', version=version_text)
     p.add_argument('--schedule', help='recipe or JSON file')
     p.add_argument('--machine', help=f'one of {", ".join(profiles)}')
     p.add_argument('--nodes', help='machines, 1 by default; several numbers, as 1,2,4, give a table; --budget and --deadline try up to 16 by default')
     p.add_argument('--price', help='USD per hour of one machine; "now": what AWS asks for now, "spot": for spot machines (need boto3 and credentials); by default that of the profile')
     p.add_argument('--region', help='for --price now and spot')
-    p.add_argument('--images', type=int, help='training pictures; by default those of ImageNet, or of the run')
+    p.add_argument('--images', type=int, help='training pictures, with 4 %% as many for validation; by default those of ImageNet, or of the run')
     p.add_argument('--from', dest='out', help='folder of a run: plan with its rates, for the machine it ran on')
     p.add_argument('--measure', metavar='DATA', help='plan with the rates of this machine: a minute of steps on "photos", "imagenette" or a folder with train and val')
     p.add_argument('--arch', help='model for --measure, as in fastimagenet-train')
@@ -67,7 +71,7 @@ def _check_together(a):
                          (a.out and a.measure,'--measure','--from has the rates'), (here and a.machine,'--machine',its), (here and a.nodes,'--nodes',its),
                          (a.price in ('now','spot') and not a.machine or goal and a.price and not a.machine,'--price','it is the price of one --machine, which must be given'),
                          (a.arch and not a.measure,'--arch','it is the model of --measure; profiles are of ResNet-50'),
-                         (a.actual and a.schedule,'--schedule','--actual has that of the run'), (a.actual and a.images is not None,'--images','--actual has those of the run')):
+                         (a.actual and a.nodes and not a.machine,'--nodes','they are of a --machine'), (a.actual and a.schedule,'--schedule','--actual has that of the run'), (a.actual and a.images is not None,'--images','--actual has those of the run')):
         if no: raise ValueError(f'Leave out `{with_}`: {why}')
     if a.images is not None and a.images<1: raise ValueError(f'There must be training pictures, got --images {a.images}')
 
@@ -75,7 +79,7 @@ def _is_first(): return os.environ.get('RANK', '0')=='0' # Of several processes,
 
 def _measure(a, sched):
     "Rates of this machine; of all processes that a launcher started"
-    from fastai_fastimagenet.train import get_learner
+    from fastai_fastimagenet.learner import get_learner
     from fastai_fastimagenet.measure import measure
     from fastai_fastimagenet.group import init_group
     init_group()
@@ -83,11 +87,11 @@ def _measure(a, sched):
     if _is_first(): print('Measuring, about a minute', file=sys.stderr)
     return measure(learn, sched)
 
-def _planned(a, sched, n_train):
+def _planned(a, sched, n_train, price):
     "The plan, or `Scaling` for several numbers of machines"
-    if a.out: return plan_measured(sched, measured_run(a.out), _price(a), n_train)
-    if a.measure: return plan_measured(sched, _measure(a, sched), _price(a), n_train)
-    args,nodes = dict(price=_price(a), **({} if n_train is None else dict(n_train=n_train))),_nodes(a.nodes or '1')
+    if a.out: return plan_measured(sched, measured_run(a.out), price, n_train)
+    if a.measure: return plan_measured(sched, _measure(a, sched), price, n_train)
+    args,nodes = dict(price=price, **({} if n_train is None else dict(n_train=n_train, n_valid=round(.04*n_train)))),_nodes(a.nodes or '1')
     return scaling(sched, a.machine, nodes, **args) if len(nodes)>1 else plan(sched, a.machine, nodes[0], **args)
 
 def _answer(a):
@@ -99,16 +103,18 @@ def _answer(a):
     if a.actual: return _compared(a)
     if not a.schedule: raise ValueError(f'Give a table with `--schedule`: a JSON file, or one of {", ".join(recipes)}. Or ask for `--deadline` or `--budget`')
     if not (a.machine or a.out or a.measure): raise ValueError(f'Give a machine with `--machine`: one of {", ".join(profiles)}; or `--from` the folder of a run, or `--measure` with pictures')
-    p = _planned(a, find_schedule(a.schedule), a.images)
+    p = _planned(a, find_schedule(a.schedule), a.images, _price(a))
     if isinstance(p, Plan): return str(p), json.loads(p.to_json())
     return f'Predicted, {a.machine}:\n{p}', [dict(efficiency=e, **json.loads(o.to_json())) for o,e in zip(p.plans, p.efficiency())]
 
 def _compared(a):
     "What a run took, beside a plan if there is a machine for one"
-    was = actual(a.actual, _price(a) if not a.machine else None)
+    if len(nodes := _nodes(a.nodes or '1'))>1: raise ValueError('Give one number of machines with `--nodes`: the run had one')
+    price = _price(a)
+    was = actual(a.actual, None if price is None else nodes[0]*price)
     if not (a.machine or a.out or a.measure): return str(was), json.loads(was.to_json())
-    if len(_nodes(a.nodes or '1'))>1: raise ValueError('Give one number of machines with `--nodes`: the run had one')
-    p = _planned(a, was.schedule, measured_run(a.actual).n_train)
+    p = _planned(a, was.schedule, measured_run(a.actual).n_train, price)
+    if a.machine: p = replace(p, notes=('Profiles are of ResNet-50; validation with 4 % as many pictures as training, as for ImageNet',))
     return f'{p}\n\n{was}\n\n{beside(p, was)}', dict(predicted=json.loads(p.to_json()), actual=json.loads(was.to_json()))
 
 def main(argv=None):
@@ -120,3 +126,5 @@ def main(argv=None):
     if not _is_first(): return
     try: print(json.dumps(data, indent=1) if a.json else text, flush=True)
     except BrokenPipeError: os._exit(1) # `fastimagenet-plan ... | head`
+
+if __name__=='__main__' and not IN_NOTEBOOK: main() # For a launcher, with --measure

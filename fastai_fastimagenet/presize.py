@@ -9,11 +9,11 @@ __all__ = ['Copier', 'presize', 'main']
 import fcntl, hashlib, json, multiprocessing, os, shutil, sys, time
 from contextlib import contextmanager
 from pathlib import Path
-import numpy as np
-import simplejpeg
+import simplejpeg, numpy as np
 from fastcore.foundation import num_cpus
 from fastcore.script import call_parse
 from torch.utils.data import get_worker_info
+from .cli import *
 from .decode import *
 from .pool import *
 from .copies import *
@@ -224,8 +224,7 @@ def _copy(copier, workers, failed, strict):
     try:
         for a,(d,u,error) in zip(range(0, n, step), pool.run([(a, min(a+step, n)) for a in range(0, n, step)])):
             if error: raise error
-            damaged.update(d)
-            unread.update(u)
+            damaged,unread = damaged|dict(d),unread|dict(u)
             if strict: _stop(copier.src, damaged|unread)
             progress.add(min(step, n-a), len(d)+len(u))
     finally: pool.close()
@@ -242,7 +241,8 @@ def main(
     format:str='jpeg', # jpeg, or raw: pixels one after the other, in a few large files
     quality:int=90, # Of JPEG copies, 1 to 100
     exif:bool=False, # Turn the copies as the EXIF orientation says
-    strict:bool=False # Stop at the first damaged picture
+    strict:bool=False, # Stop at the first damaged picture
+    version:ShowVersion=''
 ):
     "Copy all pictures below SRC with other short sides; what is there is not made again. Names stay, also that of a PNG, whose copy is a JPEG"
     try: presize(src, dst, short, format, workers, quality, exif, strict)

@@ -7,6 +7,7 @@ __all__ = ['recipes', 'Recipes', 'check_schedule', 'find_schedule']
 
 # %% ../nbs/03_recipes.ipynb #b66f4b65
 import difflib
+from pathlib import Path
 from .phase import *
 from .schedule import *
 
@@ -78,4 +79,8 @@ def find_schedule(
 )->Schedule:
     "The table called `name`; `KeyError` with the nearest names, or `ValueError`, if there is none"
     name = str(name)
-    return Schedule.from_json(name) if name.startswith('{') else Schedule.load(name) if name.endswith('.json') else recipes[name]
+    if name.startswith('{'): return Schedule.from_json(name)
+    if not name.endswith('.json'): return recipes[name]
+    if Path(name).expanduser().is_file() and Path(name).expanduser().read_text().lstrip().startswith('['):
+        raise ValueError(f"{name} is a list of phases as the code of 2018 has them, and does not say for how many GPUs. Once: Schedule.load({name!r}, world=8).save('{Path(name).stem}_8.json')")
+    return Schedule.load(name)

@@ -7,15 +7,18 @@ __all__ = ['parts', 'describe_machine', 'load_run', 'time_to', 'summary', 'dawn_
            'report']
 
 # %% ../nbs/33_report.ipynb #16e197ae
-import html, io, json, platform, subprocess, sys
+import html, io, json, platform, subprocess, sys, warnings
 from collections import Counter
 from datetime import date
 from types import SimpleNamespace
 import pandas as pd, matplotlib
 from fastcore.script import call_parse
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore') # fastai's and torch's own, at import
+    from fastai.basics import *
+from .cli import *
 from .schedule import *
 from .meters import *
-from fastai.basics import *
 import fastai_fastimagenet
 from matplotlib.figure import Figure # After fastai, which has another one
 
@@ -211,7 +214,8 @@ def report(
     price:float=None, # US dollars per hour, of all machines together
     predicted:float=None, # Minutes that were predicted for the run
     vs_dawn:bool=False, # Add the historical DAWNBench curves
-    to:str=None # Folder for the page; by default the first run's
+    to:str=None, # Folder for the page; by default the first run's
+    version:ShowVersion=''
 ):
     "Write report.html, report.md and DAWNBench's dawn.tsv and dawn.json about a run"
     try: runs = [load_run(o) for o in out.split(',')]

@@ -9,7 +9,7 @@ from nbconvert import MarkdownExporter
 warnings.simplefilter('ignore')
 
 nbs = Path(__file__).parent
-groups = {'Tutorials': r'9\d_tutorial\.', 'Measured': r'91_', 'The table': r'0[1-4]_', 'Pictures and models': r'1\d_', 'Tricks': r'2\d_', 'Training': r'(30|31_fixres|33|4\d)_(?!cluster)',
+groups = {'Tutorials': r'9\d_tutorial\.', 'Measured': r'91_', 'The table': r'0[1-4]_', 'Pictures and models': r'1\d_', 'Tricks': r'2\d_', 'Training': r'(30_|31_fixres|33_|39_|4\d_(?!cluster))',
           'Plans': r'(31|32|34)_|65_', 'Clusters': r'\d\d_cluster\.', 'Inside': r'0\d_'}
 extra = ['CHANGELOG.md','CONTRIBUTING.md']
 first = ['90_tutorial.imagenette','90_tutorial.planning','90_tutorial.distributed','90_tutorial.rectangles','90_tutorial.cluster','90_tutorial.imagenet','90_tutorial.moving']

@@ -1,4 +1,4 @@
-"Make README.md from index.ipynb, and its picture from a benchmark: `python nbs/make_readme.py`"
+"Make README.md from index.ipynb, its picture from a benchmark, and llms.txt from the heads of all notebooks: `python nbs/make_readme.py`"
 import json, re
 from pathlib import Path
 import nbformat
@@ -16,6 +16,17 @@ def readme()->str:
     text,_ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r'\]\(([\w.]+\.ipynb|images/)', r'](nbs/\1', text).replace('](../', '](')
     return re.sub(r'\n{3,}', '\n\n', text).strip()+'\n'
+
+def llms()->str:
+    "What there is, a line for each notebook, for language models (llmstxt.org)"
+    text,titles = readme(),dict(zip(('Tutorials','Modules','Measured'), ([],[],[])))
+    intro = re.search(r'> .*?\n\n(.*?)\n\n', text, re.S)
+    for f in sorted(nbs.glob('[0-9]*.ipynb')):
+        head = nbformat.read(f, 4).cells[0].source
+        title,what = re.search(r'# (.*)', head)[1],re.search(r'^> (.*)', head, re.M)[1]
+        titles['Tutorials' if '_tutorial' in f.name else 'Measured' if f.name[:2]=='91' else 'Modules'].append(f'- [{title}](nbs/{f.name}): {what}')
+    return '\n\n'.join([text.split('\n\n')[0], text.split('\n\n')[1], intro[1], '- [README](README.md): commands, examples, all callbacks',
+                        *(f'## {k}\n\n'+'\n'.join(v) for k,v in titles.items())])+'\n'
 
 def picture():
     "Accuracy against CPU time of four ways to train, from benchmarks/results/time_to_accuracy.json"
@@ -38,3 +49,4 @@ def picture():
 if __name__=='__main__':
     picture()
     (nbs.parent/'README.md').write_text(readme())
+    (nbs.parent/'llms.txt').write_text(llms())

@@ -22,7 +22,7 @@ def small(dls): return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), n
 def learner(path, size=48, bs=16, **kwargs):
     set_seed(0)
     dls = imagenet_dls(path, size, bs, min_scale=.5, workers=0)
-    return Learner(dls, Limited(small(dls), **kwargs), CrossEntropyLossFlat(), metrics=accuracy)
+    return Learner(dls, Limited(small(dls), **kwargs), CrossEntropyLossFlat(), metrics=[accuracy, F1Score(average='macro')])
 
 if __name__=='__main__':
     learn = learner(sys.argv[1], limit=10*48*48*(1+rank_distrib()))

@@ -93,8 +93,8 @@ def test_notebooks_tell_a_story():
 
 def test_readme_is_made_from_index():
     sys.path.insert(0, str(root/'nbs'))
-    from make_readme import readme
-    assert (root/'README.md').read_text()==readme(), 'run python nbs/make_readme.py'
+    from make_readme import llms, readme
+    assert (root/'README.md').read_text()==readme() and (root/'llms.txt').read_text()==llms(), 'run python nbs/make_readme.py'
 
 def test_ci_runs_the_command_of_the_readme():
     cmds = re.findall(r'```sh\n(.+)\n```', (root/'README.md').read_text())

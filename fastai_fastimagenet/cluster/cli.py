@@ -10,6 +10,7 @@ import os, sys
 from argparse import ArgumentParser, REMAINDER
 from datetime import datetime, timezone
 from fastcore.imports import IN_NOTEBOOK
+from ..cli import version_text
 from ..phase import text_table
 from .cloud import *
 from .inventory import *
@@ -148,6 +149,7 @@ def _plan(a):
 # %% ../../nbs/64_cluster.cli.ipynb #b4551afa
 def _parser():
     p = ArgumentParser('fastimagenet-cluster', description='Clusters at AWS: what there is, what it costs, and how to be rid of it')
+    p.add_argument('--version', action='version', version=version_text)
     subs = p.add_subparsers(required=True, metavar='COMMAND')
     def command(f, help, name=True):
         s = subs.add_parser(f.__name__[1:], help=help, description=help)
