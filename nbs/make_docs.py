@@ -42,7 +42,8 @@ def api(mod, name):
     text = []
     for n,o in parts:
         md = str(show_doc(o, renderer=BasicMarkdownRenderer, name=n, title_level=3 if o is obj else 4)._repr_markdown_())
-        text.append(re.sub(r'^---\s*', '', md.strip()))
+        md = re.sub(r'^(---\s*|\[source\].*\n)*', '', md.strip()).strip()
+        text.append(re.sub(r'fastai_fastimagenet\.[\w.]+\.(\w+)', r'\1', md).replace(':NoneType=None', '=None'))
     return '\n\n'.join(text)
 
 def page(f):
