@@ -13,7 +13,7 @@ setup(
     keywords=cfg['keywords'], author=cfg['author'], author_email=cfg['author_email'],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
-    package_data={cfg['lib_path']: ['*.csv', 'cluster/*.sh', 'py.typed']},
+    package_data={cfg['lib_path']: ['*.csv', 'cluster/*.sh', 'py.typed', '*.pyi']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     extras_require={k: cfg[f'{k}_requirements'].split() for k in ('aws','dev')},

@@ -144,7 +144,7 @@ def _bottleneck(p, machine, nodes, need, can, data):
     if p.data: return (f'{p.size} px, data: {cores} virtual CPUs load {can:,.0f} images/s, the GPUs need {need:,.0f}; '
                        + ("presize to smaller copies: fastimagenet-presize" if not data else 'take more CPUs for each GPU, or raw copies'))
     fixed = p.steps*machine.step_s>.4*p.compute
-    return {'compute':f'{p.size} px, batch {p.bs}: ' + ('what a step costs whatever its size; take a larger batch' if fixed else 'the GPUs'), 'network':f'{p.size} px, batch {p.bs}: the network, {machine.gbit:g} Gbit/s; take a larger batch or fewer machines',
+    return {'compute':f'{p.size} px, batch {p.bs}: ' + ('what a step costs whatever its size; take a larger batch' if fixed else f'the {machine.gpu}'), 'network':f'{p.size} px, batch {p.bs}: the network, {machine.gbit:g} Gbit/s; take a larger batch or fewer machines',
             'eval':f'{p.size} px: evaluation', 'switch':f'{p.size} px: starting epochs and changing sizes; take fewer phases'}[name]
 
 def _phase_plan(schedule, i, machine, nodes, n_train, n_valid):

@@ -42,7 +42,7 @@ def outside(tmp_path_factory):
     work = tmp_path_factory.mktemp('outside')
     (work/'repo').mkdir()
     copy_of_repo(work/'repo')
-    subprocess.run([sys.executable,'-m','pip','wheel','-q','--no-deps','--no-build-isolation','-w',work,work/'repo'], check=True)
+    subprocess.run([sys.executable,'-m','build','--no-isolation','--outdir',work,work/'repo'], check=True, capture_output=True) # The wheel is made from the source distribution
     shutil.rmtree(work/'repo')
     wheel = next(work.glob('*.whl'))
     subprocess.run([sys.executable,'-m','venv','--without-pip',work/'.venv'], check=True)
@@ -65,7 +65,7 @@ def test_wheel_is_complete(outside):
     work,env = outside
     names = zipfile.ZipFile(next(work.glob('*.whl'))).namelist()
     for f in (root/'fastai_fastimagenet').rglob('*'):
-        if f.suffix in ('.py','.csv','.sh','.typed'): assert str(f.relative_to(root)) in names, f
+        if f.suffix in ('.py','.pyi','.csv','.sh') or f.name=='py.typed': assert str(f.relative_to(root)) in names, f
     for n in ('train','presize','plan','report','cluster','doctor'):
         assert sub(work, env, f'fastimagenet-{n} --version').startswith('fastai_fastimagenet ')
     shown = sub(work, env, 'fastimagenet-train --help')
