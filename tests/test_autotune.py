@@ -15,13 +15,13 @@ def test_fits_into_memory(small_photos, seed):
     "Whatever the limit, each batch of the table fits, and is the largest that does unless the loader's own is smaller"
     limit = random.Random(seed).randrange(2*48*48, 20*48*48)
     learn = learner(small_photos, limit=limit)
-    sched = auto_schedule(learn, .05)
+    sched = auto_schedule(learn, .3)
     peak = max(o for p in sched.phases for o in ends(p.lr))/sched.phases[0].bs # For one picture
     for p in sched.phases: assert p.bs==min(16, limit//p.size**2) and max(ends(p.lr))<=peak*p.bs*1.001
-    silently(learn, sched)
+    silently(learn, sched.scale_epochs(3))
     assert learn.recorder.losses
     learn.model.limit = 100
-    with pytest.raises(ValueError, match='Not even one image'): auto_schedule(learn, .05)
+    with pytest.raises(ValueError, match='Not even one image'): auto_schedule(learn, .3)
 
 def test_larger_batches_where_they_are_faster(small_photos):
     "Steps of a fixed length: doubled as long as a hundred are left in an epoch, with the learning rate"
@@ -35,7 +35,7 @@ def test_nothing_is_left(small_photos):
     for auto in (False,True):
         learn = learner(small_photos)
         silently(learn, Schedule([Phase(1, 32, 16, .01)]))
-        if auto: auto_schedule(learn, .05)
+        if auto: auto_schedule(learn, .3)
         assert learn.opt is not None and len(learn.cbs)==len(learner(small_photos).cbs) and learn.dls.train.bs==16
         set_seed(1)
         silently(learn, Schedule([Phase(1, 32, 16, .01)]))
