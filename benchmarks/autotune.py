@@ -14,13 +14,13 @@ Times are CPU seconds of training steps with their loading; `search` is `auto_sc
 Each run is a process of its own, two at a time on two cores, in an order drawn at random for each seed."""
 import os
 os.environ |= dict(OMP_NUM_THREADS='1')
-import argparse, itertools, json, random, statistics, subprocess, sys, threading, time, warnings
+import argparse, json, random, statistics, time, warnings
 warnings.simplefilter('ignore')
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
 from fastai.vision.all import *
 from fastai_fastimagenet.all import *
+from two_at_a_time import run_all
 from fastai_fastimagenet.phase import ends
 
 sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9)
@@ -75,22 +75,6 @@ def one_run(task, arm, n, seed):
         top1 = learn.validate()[1]
     return dict(task=task, arm=arm, n=n, seed=seed, lr=lr, epochs=learn.n_epoch, search=search, cpu=clock.cpu, wall=wall, top1=top1)
 
-def run_all(jobs, file):
-    "Two at a time, each on its core; finished runs are in `file` and not run again"
-    done = [json.loads(l) for l in file.read_text().splitlines()] if file.exists() else []
-    todo,lock = iter([j for j in jobs if not any([d['task'],d['arm'],d['n'],d['seed']]==j for d in done)]),threading.Lock()
-    def work(core):
-        while True:
-            with lock: job = next(todo, None)
-            if job is None: return
-            r = subprocess.run(['taskset','-c',str(core),sys.executable,__file__,'--one',json.dumps(job)], capture_output=True, text=True)
-            if r.returncode: raise RuntimeError(f'{job}: {r.stderr}')
-            with lock:
-                with open(file, 'a') as f: f.write(r.stdout.splitlines()[-1]+'\n')
-                print(r.stdout.splitlines()[-1], flush=True)
-    with ThreadPoolExecutor(2) as pool: [f.result() for f in [pool.submit(work, c) for c in sorted(os.sched_getaffinity(0))[:2]]]
-    return [json.loads(l) for l in file.read_text().splitlines()]
-
 def spread(v, form='.1f'): return f'{statistics.median(v):{form}} ({min(v):{form}} to {max(v):{form}})'
 
 def cells(): return [(t,a,n) for t in tasks for a in epochs for n in epochs[a][t]]
@@ -116,7 +100,7 @@ def main():
     if args.one: return print(json.dumps(one_run(*args.one)))
     for data,*_ in tasks.values(): data()
     jobs = [[*c,s] for s in range(5) for c in random.Random(s).sample(cells(), len(cells()))]
-    rows = run_all(jobs, args.json.with_suffix('.runs'))
+    rows = run_all(__file__, jobs, args.json.with_suffix('.runs'), ('task','arm','n','seed'))
     show(rows)
     args.json.write_text(json.dumps(dict(targets=targets, minutes=minutes, cores=os.cpu_count(), torch=torch.__version__, runs=rows), indent=1))
 

@@ -21,15 +21,15 @@ Each run is a process of its own, two at a time on two cores, in an order drawn 
 rate of the optimizer is compared with what the schedule says; a difference ends the run."""
 import os
 os.environ |= dict(OMP_NUM_THREADS='1')
-import argparse, itertools, json, math, random, statistics, subprocess, sys, threading, time, warnings
+import argparse, itertools, json, math, random, statistics, subprocess, sys, time, warnings
 warnings.simplefilter('ignore')
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 import torch, torchvision
 from torchvision.transforms import v2
 from fastai.vision.all import *
 from fastai_fastimagenet.all import *
+from two_at_a_time import run_all
 from fastai_fastimagenet.fit import phase_cbs
 
 size,scale = 128,.35 # Of evaluation and of full-size training; the smallest crop
@@ -183,24 +183,6 @@ def one_run(data, arm, n, seed, lr):
     centre,rect = accuracies(model, path)
     return dict(arm=arm, epochs=n, seed=seed, lr=lr, cpu=clock.cpu, wall=clock.wall, centre=centre, rect=rect)
 
-def run_all(jobs, file, data=None):
-    "Two at a time, each on its core; finished runs are in `file` and not run again"
-    done = [json.loads(l) for l in file.read_text().splitlines()] if file.exists() else []
-    todo = [j for j in jobs if not any((d['arm'],d['epochs'],d['seed'],d['lr'])==j for d in done)]
-    print(f'{len(todo)} runs to do, {len(jobs)-len(todo)} are done')
-    jobs_left,lock = iter(todo),threading.Lock()
-    def work(core):
-        while True:
-            with lock: job = next(jobs_left, None)
-            if job is None: return
-            r = subprocess.run(['taskset','-c',str(core),sys.executable,__file__,'--one',json.dumps(job),*(['--data',data] if data else [])], capture_output=True, text=True)
-            if r.returncode: raise RuntimeError(f'{job}: {r.stderr}')
-            with lock:
-                with open(file, 'a') as f: f.write(r.stdout.splitlines()[-1]+'\n')
-                print(r.stdout.splitlines()[-1], flush=True)
-    with ThreadPoolExecutor(2) as pool: [f.result() for f in [pool.submit(work, c) for c in sorted(os.sched_getaffinity(0))[:2]]]
-    return [json.loads(l) for l in file.read_text().splitlines()]
-
 def counted():
     "All counted runs, in random order for each seed: the arms of more than one length without their last, the variations, the last"
     def part(k, s): return [(arm,n,s,lr) for arm,(_,lr,ns,_) in arms.items() for n in (ns[:-1], ns*(len(ns)==1), ns[-1:]*(len(ns)>1))[k]]
@@ -251,7 +233,7 @@ def main():
     args = p.parse_args()
     if args.one: return print(json.dumps(one_run(args.data, *args.one)))
     if not args.data: photos(n_train, n_val)
-    rows = run_all(tuning() if args.tune else counted(), args.json.with_suffix('.tune' if args.tune else '.runs'), args.data)
+    rows = run_all(__file__, tuning() if args.tune else counted(), args.json.with_suffix('.tune' if args.tune else '.runs'), ('arm','epochs','seed','lr'), ['--data',str(args.data)] if args.data else [])
     if args.tune:
         for (arm,lr),rs in itertools.groupby(sorted(rows, key=lambda r: (r['arm'],r['lr'])), lambda r: (r['arm'],r['lr'])):
             print(f'{arm:12} lr {lr:g}: {spread([100*r["centre"] for r in rs])}')
