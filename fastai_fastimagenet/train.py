@@ -135,10 +135,10 @@ def _settings(folder, given):
     "Those of the run in `folder`"
     text = gather((folder/'settings.json').read_text() if (folder/'settings.json').exists() else None)[0]
     if not text: raise ValueError(f'{folder} holds no run to resume: it has no settings.json')
-    if any(gather((folder/'result.json').exists())): raise ValueError(f'{folder} is finished, its result is in result.json. To train longer, start a run with another table')
     defaults = {k: p.default for k,p in inspect.signature(prepare).parameters.items() if k!='resume'}
     given = {k: v for k,v in given.items() if v!=defaults[k]}
     if wrong := given.keys()-{'data','workers'}: raise ValueError(f'`--resume` takes the settings of the run: leave out {", ".join(sorted(wrong))}')
+    if any(gather((folder/'result.json').exists())): raise ValueError(f'{folder} is finished, its result is in result.json. To train longer, start a run with another table')
     return {**defaults, **json.loads(text), **given, 'out':folder}
 
 def _restarted(out):
