@@ -9,7 +9,6 @@ __all__ = ['main']
 import json, os, sys
 from dataclasses import replace
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from fastcore.imports import IN_NOTEBOOK
 from .cli import *
 from .schedule import *
 from .recipes import *
@@ -127,4 +126,5 @@ def main(argv=None):
     try: print(json.dumps(data, indent=1) if a.json else text, flush=True)
     except BrokenPipeError: os._exit(1) # `fastimagenet-plan ... | head`
 
-if __name__=='__main__' and not IN_NOTEBOOK: main() # For a launcher, with --measure
+# %% ../nbs/65_plan_cli.ipynb #5f1e0c77
+if __name__=='__main__': main() # For a launcher, with --measure
