@@ -1553,6 +1553,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'fastai_fastimagenet.photos.render': ('photos.html#render', 'fastai_fastimagenet/photos.py')},
             'fastai_fastimagenet.plan_cli': { 'fastai_fastimagenet.plan_cli._answer': ( 'plan_cli.html#_answer',
                                                                                         'fastai_fastimagenet/plan_cli.py'),
+                                              'fastai_fastimagenet.plan_cli._arch_of': ( 'plan_cli.html#_arch_of',
+                                                                                         'fastai_fastimagenet/plan_cli.py'),
                                               'fastai_fastimagenet.plan_cli._check_together': ( 'plan_cli.html#_check_together',
                                                                                                 'fastai_fastimagenet/plan_cli.py'),
                                               'fastai_fastimagenet.plan_cli._compared': ( 'plan_cli.html#_compared',

@@ -119,7 +119,7 @@ def _measure_sizes(learn, sizes, seconds, world):
     return batches,points
 
 # %% ../nbs/43_autotune.ipynb #15a1693a
-_most_epochs = 1000
+_most_epochs,_few_steps = 1000,10
 
 def auto_schedule(
     learn:Learner, # With its data, model and optimizer; its loaders set the size of the last phase
@@ -130,6 +130,8 @@ def auto_schedule(
     with learn.ddp():
         world,sizes = num_distrib() or 1,auto_sizes(dl_size(learn.dls.train))
         batches,points = _measure_sizes(learn, sizes, min(10, 3*minutes), world)
+        steps = min(dl_layers(learn.dls.train)[-1].n//(b*world) for b in batches.values())
+        if steps<_few_steps: warn(f'An epoch has {steps} steps: with so few a table learns little. Make the loaders with smaller batches')
         lr = math.prod(suggest_lr(*range_test(learn, sizes[0], batches[sizes[0]], seed=i)) for i in range(2))**.5
         min_scale = first(f.min_scale for f in sizers(learn.dls.train) if hasattr(f, 'min_scale'))
     measured = Measured(tuple(points), world, dl_layers(learn.dls.train)[-1].n, 'measured here')

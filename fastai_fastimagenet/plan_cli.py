@@ -8,6 +8,7 @@ __all__ = ['main']
 # %% ../nbs/65_plan_cli.ipynb #a58abce5
 import json, os, sys
 from dataclasses import replace
+from pathlib import Path
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from .cli import *
 from .schedule import *
@@ -106,12 +107,18 @@ def _answer(a):
     if isinstance(p, Plan): return str(p), json.loads(p.to_json())
     return f'Predicted, {a.machine}:\n{p}', [dict(efficiency=e, **json.loads(o.to_json())) for o,e in zip(p.plans, p.efficiency())]
 
+def _arch_of(out):
+    "The model of the run in `out`"
+    s = json.loads((out/'settings.json').read_text())
+    return s['arch'] or ('resnet_small' if s['data']=='photos' else None)
+
 def _compared(a):
     "What a run took, beside a plan if there is a machine for one"
     if len(nodes := _nodes(a.nodes or '1'))>1: raise ValueError('Give one number of machines with `--nodes`: the run had one')
     price = _price(a)
     was = actual(a.actual, None if price is None else nodes[0]*price)
     if not (a.machine or a.out or a.measure): return str(was), json.loads(was.to_json())
+    if a.measure and not a.arch: a.arch = _arch_of(Path(a.actual))
     p = _planned(a, was.schedule, measured_run(a.actual).n_train, price)
     if a.machine: p = replace(p, notes=('Profiles are of ResNet-50; validation with 4 % as many pictures as training, as for ImageNet',))
     return f'{p}\n\n{was}\n\n{beside(p, was)}', dict(predicted=json.loads(p.to_json()), actual=json.loads(was.to_json()))

@@ -182,7 +182,7 @@ def _run(learn, sched, stop, check, rect, compress, arch, out):
     with learn.ddp(compress=compress), learn.no_logging(), nullcontext() if sys.stdout.isatty() else learn.no_bar(), warnings.catch_warnings():
         try: learn.fit_phases(sched, cbs=L(log, stop, check, rect, TensorBoard(out/'tensorboard'), LiveView(), AutoMicroBatch(), FiniteLoss()).filter())
         except (SystemExit,KeyboardInterrupt): # A signal
-            say(f'Go on with: fastimagenet-train --resume {shlex.quote(str(out))}')
+            say(f'Go on with the same command and --resume {shlex.quote(str(out))} in place of its options')
             raise
         finally:
             if not rank_distrib() and getattr(learn, 'train_iter', 0) and all(p.isfinite().all() for p in learn.model.parameters()): torch.save(dict(model=learn.model.state_dict(), arch=arch, classes=list(learn.dls.vocab)), out/'model.pth')
