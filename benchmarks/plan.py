@@ -3,15 +3,15 @@
 Each round measures for at most `--seconds` (`measure`), plans the table with that, then trains by it, with validation in each epoch, and compares minutes.
 Sizes, batches and rectangles change: two epochs at 64 px in batches of 32, one in batches of 64, two at 96 px, one in batches of 48,
 two at 128 px validated on rectangles. `--workers` 0 and 2 take turns. Errors are predicted over actual minus one, medians over rounds."""
-import argparse, json, os, statistics, sys, time, warnings
+import argparse, contextlib, json, os, statistics, sys, tempfile, time, warnings
 warnings.simplefilter('ignore')
 from pathlib import Path
 from fastai.vision.all import *
 from fastai_fastimagenet.all import *
+from fastai_fastimagenet.measured import actual
 from fastai_fastimagenet.planner import parts
 
 table = Schedule([Phase(2, 64, 32, .02), Phase(1, bs=64, lr=.04), Phase(2, 96, 32, lr=.02), Phase(1, bs=48, lr=.03), Phase(2, 128, 32, lr=.02, rect=True)])
-columns = dict(compute='compute_s', data='data_s', eval='eval_s', switch='switch_s')
 
 def one_round(path, workers, seconds):
     "Predicted and actual seconds of each phase, and how long measuring took"
@@ -19,18 +19,15 @@ def one_round(path, workers, seconds):
     learn = Learner(dls, resnet_small(dls.c), CrossEntropyLossFlat(), metrics=accuracy)
     began = time.perf_counter()
     p = plan_measured(table, measure(learn, table, seconds))
-    took,log = time.perf_counter()-began,EpochLog()
-    log._show = lambda line: None
-    began = time.perf_counter()
-    with learn.no_bar(), learn.no_logging(): learn.fit_phases(table, cbs=log)
-    wall = time.perf_counter()-began
-    actual = [{k: 0. for k in columns} for _ in table.phases]
-    for e,r in enumerate(log.rows):
-        row = actual[table.at(e).phase]
-        for k,c in columns.items(): row[k] += r[c]+(r['other_s'] if k=='switch' else 0)
-    return dict(workers=workers, took=took, wall=wall, predicted=[{k: getattr(o, k) for k in columns} for o in p.phases], actual=actual)
+    took,began = time.perf_counter()-began,time.perf_counter()
+    with tempfile.TemporaryDirectory() as out, learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(None): # `EpochLog` shows its lines
+        table.save(Path(out)/'schedule.json')
+        learn.fit_phases(table, cbs=EpochLog(Path(out)/'history.csv'))
+        was = actual(out)
+    def times(plan): return [{k: getattr(o, k) for k in parts} for o in plan.phases]
+    return dict(workers=workers, took=took, wall=time.perf_counter()-began, predicted=times(p), actual=times(was))
 
-def total(parts): return sum(parts.values())
+def total(times): return sum(times.values())
 
 def errors(r): return [total(p)/total(a)-1 for p,a in zip(r['predicted'], r['actual'])],sum(map(total, r['predicted']))/sum(map(total, r['actual']))-1
 

@@ -90,19 +90,16 @@ def auto_table(
 )->Schedule:
     "The table that rules 1, 3 and 4 make of these"
     at_full = min(round(n_epoch*sum(shares[:2])), n_epoch-1) # One epoch at least
-    ends,warm,first_bs = [0, min(round(n_epoch*shares[0]), at_full), at_full, n_epoch],n_epoch/5,bs[sizes[0]]
+    until,warm = dict(zip(sizes, (min(round(n_epoch*shares[0]), at_full), at_full, n_epoch))),n_epoch/5
     def line(e): return lr*(.1+.9*e/warm) if e<warm else lr*(n_epoch-e)/(n_epoch-warm)
-    until = {s: end for s,end in zip(sizes, ends[1:])}
     cuts,res = sorted({0, warm, *until.values()}),[]
     for a,b in zip(cuts, cuts[1:]):
         size = next(s for s,end in until.items() if a<end)
-        k = bs[size]/first_bs
+        k = bs[size]/bs[sizes[0]]
         res.append(Phase(b-a, size, bs[size], (k*line(a),k*line(b)), min_scale=min_scale))
     return Schedule(res, world)
 
 # %% ../nbs/43_autotune.ipynb #b7aa5428
-def _rate(points, world): return median(p.bs*world/(p.step_s+p.wait_s) for p in points)
-
 def _measure_sizes(learn, sizes, seconds, world):
     "Batch for each size, and all that was measured"
     dl,batches,points = dl_layers(learn.dls.train)[-1],{},[]
@@ -110,7 +107,7 @@ def _measure_sizes(learn, sizes, seconds, world):
     def rate(size, bs):
         found = measure(learn, Schedule([Phase(1, size, bs, 0.)], world), seconds).points
         points.extend(found)
-        return _rate(found, world)
+        return median(bs/(p.step_s+p.wait_s) for p in found)
     for size in dict.fromkeys(sizes):
         bs = fits(size, dl.bs)
         now = rate(size, bs)
@@ -128,13 +125,13 @@ def auto_schedule(
     "A table for `learn` by the rules above, that trains in `minutes` here; `learn` is left as it was. In several processes all must call it. `ValueError` if one epoch takes longer"
     if not (is_num(minutes) and minutes>0): raise ValueError(f'`minutes` must be a number above 0, got {minutes!r}')
     with learn.ddp():
-        world,sizes = num_distrib() or 1,auto_sizes(dl_size(learn.dls.train))
+        world,sizes,n_train = num_distrib() or 1,auto_sizes(dl_size(learn.dls.train)),dl_layers(learn.dls.train)[-1].n
         batches,points = _measure_sizes(learn, sizes, min(10, 3*minutes), world)
-        steps = min(dl_layers(learn.dls.train)[-1].n//(b*world) for b in batches.values())
+        steps = min(n_train//(b*world) for b in batches.values())
         if steps<_few_steps: warn(f'An epoch has {steps} steps: with so few a table learns little. Make the loaders with smaller batches')
         lr = math.prod(suggest_lr(*range_test(learn, sizes[0], batches[sizes[0]], seed=i)) for i in range(2))**.5
         min_scale = first(f.min_scale for f in sizers(learn.dls.train) if hasattr(f, 'min_scale'))
-    measured = Measured(tuple(points), world, dl_layers(learn.dls.train)[-1].n, 'measured here')
+    measured = Measured(tuple(points), world, n_train, 'measured here')
     def table(n): return auto_table(n, sizes, batches, lr, min_scale, world)
     def takes(n): return plan_measured(table(n), measured).minutes
     n = largest(lambda n: takes(n)<=minutes, _most_epochs)

@@ -66,28 +66,28 @@ def _line(points):
 
 # %% ../nbs/32_measured.ipynb #edf47190
 def _history(out):
-    "Rows of the history of the run in `out`"
+    "Table and history of the run in `out`, with the `images` and the `steps` of each process in each epoch"
     try: rows = [{k: float(v or 'nan') for k,v in r.items()} for r in csv.DictReader((out/'history.csv').read_text().splitlines())]
     except OSError: raise ValueError(f'{out} holds no run: it has no history.csv. Give a folder that fastimagenet-train wrote') from None
     if not rows: raise ValueError(f'{out}/history.csv has no epoch yet')
     if missing := {'compute_s','data_s','eval_s','switch_s','other_s','images_s'}-rows[0].keys(): raise ValueError(f'{out}/history.csv has no {", ".join(sorted(missing))}: it is from an older version; train again')
-    return rows
+    sched = Schedule.load(out/'schedule.json')
+    for r in rows:
+        r['images'] = r['images_s']*(r['compute_s']+r['data_s'])
+        r['steps'] = math.ceil(round(r['images']/sched.world)/r['bs'])
+    return sched,rows
 
 def measured_run(
     out # Folder that `fastimagenet-train` wrote
 )->Measured:
     "The rates of a run; `ValueError` if the folder holds none"
     out = Path(out)
-    rows = _history(out)
-    sched,points,was = Schedule.load(out/'schedule.json'),[],None
-    world = sched.world
+    (sched,rows),points,was = _history(out),[],None
     for r in rows:
-        row = sched.at(r['epoch'])
-        now,n = (int(r['size']),int(r['bs'])),r['images_s']*(r['compute_s']+r['data_s'])
-        steps = math.ceil(round(n/world)/now[1])
-        points.append(Point(*now, r['compute_s']/steps, r['data_s']/steps, r['eval_s'], r['switch_s']+r['other_s'], now!=was, row.data, row.rect))
+        row,now = sched.at(r['epoch']),(int(r['size']),int(r['bs']))
+        points.append(Point(*now, r['compute_s']/r['steps'], r['data_s']/r['steps'], r['eval_s'], r['switch_s']+r['other_s'], now!=was, row.data, row.rect))
         was = now
-    return Measured(tuple(points), world, round(median(r['images_s']*(r['compute_s']+r['data_s']) for r in rows)), f'the run in {out}')
+    return Measured(tuple(points), sched.world, round(median(r['images'] for r in rows)), f'the run in {out}')
 
 # %% ../nbs/32_measured.ipynb #1ee49fe0
 def plan_measured(
@@ -123,7 +123,7 @@ def actual(
 )->Plan:
     "What the run in `out` took, phase by phase; an epoch that two phases share counts for the phase it starts in. `ValueError` if the folder holds none"
     out = Path(out)
-    rows,sched,res = _history(out),Schedule.load(out/'schedule.json'),{}
+    (sched,rows),res = _history(out),{}
     for r in rows: res.setdefault(sched.at(r['epoch']).phase, []).append(r)
     phases = [_phase_actual(sched, i, rs) for i,rs in sorted(res.items())]
     notes = [] if len(rows)==sched.n_epoch else [f'{len(rows)} of {sched.n_epoch} epochs are done']
@@ -131,8 +131,7 @@ def actual(
 
 def _phase_actual(sched, i, rows):
     p,t = sched.phases[i],{k: sum(r[f'{k}_s'] for r in rows) for k in ('compute','data','eval','switch','other')}
-    images = round(sum(r['images_s']*(r['compute_s']+r['data_s']) for r in rows))
-    steps = sum(math.ceil(r['images_s']*(r['compute_s']+r['data_s'])/sched.world/p.bs-1e-6) for r in rows)
+    images,steps = (round(sum(r[k] for r in rows)) for k in ('images','steps'))
     most = max(('compute','data','eval'), key=t.get)
     return PhasePlan(i, f'{sched.starts[i]:g}-{sched.starts[i]+p.n_epoch:g}', p.size, p.bs, steps, images, t['compute'], t['data'], 0., t['eval'], t['switch']+t['other'],
                      math.nan, images/(t['compute']+t['data']), f'{p.size} px, batch {p.bs}: {most} took most', tuple(int(r['epoch']) for r in rows))

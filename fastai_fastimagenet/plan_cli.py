@@ -109,8 +109,9 @@ def _answer(a):
 
 def _arch_of(out):
     "The model of the run in `out`"
+    from fastai_fastimagenet.learner import default_arch
     s = json.loads((out/'settings.json').read_text())
-    return s['arch'] or ('resnet_small' if s['data']=='photos' else None)
+    return s['arch'] or default_arch(s['data'])
 
 def _compared(a):
     "What a run took, beside a plan if there is a machine for one"
