@@ -85,7 +85,7 @@ def auto_table(
     sizes:list, # Image side in the three parts (pixels)
     bs:dict, # Image side -> images per process
     lr:float, # The highest, for the batch of the first size
-    min_scale:float=None, # Smallest share of the area that a crop takes; by default .08
+    min_scale:float|None=None, # Smallest share of the area that a crop takes; by default .08
     world:int=1 # Processes
 )->Schedule:
     "The table that rules 1, 3 and 4 make of these"

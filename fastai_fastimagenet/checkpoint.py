@@ -74,7 +74,7 @@ class Checkpoint(FitCallback):
         minutes:float=5, # Longest time between two checkpoints
         keep:int=3, # So many of the newest are kept
         resume:bool=False, # Go on from the newest checkpoint in `path` that can be used?
-        meta:dict=None # What describes the run, e.g. its table; a checkpoint with another `meta` is refused
+        meta:dict|None=None # What describes the run, e.g. its table; a checkpoint with another `meta` is refused
     ):
         if minutes<=0: raise ValueError(f'`minutes` must be above 0, got {minutes}')
         if keep<1: raise ValueError(f'`keep` must be 1 or more, got {keep}')

@@ -75,7 +75,7 @@ def _manifest(rows, raw):
 def write_file(
     file,
     data, # Its bytes
-    mtime:int=None # Time that it gets (ns)
+    mtime:int|None=None # Time that it gets (ns)
 ):
     "Write `file` so that it is there as a whole or not at all; what a killed process left of it is written over when it is made again"
     folder,name = os.path.split(file)

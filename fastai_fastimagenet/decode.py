@@ -191,8 +191,8 @@ def turn(
 # %% ../nbs/11_decode.ipynb #17109fe7
 def decode(
     b, # Image file; a bytearray is changed, and decodes faster than bytes
-    box:tuple=None, # Left, upper, width, height (pixels); by default the whole picture
-    shape:tuple=None, # Height, width of the result (pixels); by default those of the box
+    box:tuple|None=None, # Left, upper, width, height (pixels); by default the whole picture
+    shape:tuple|None=None, # Height, width of the result (pixels); by default those of the box
     exact:bool=False, # No shortcuts in the cosine transform and the colours? With them pixels are within 46 dB on average, 33 at worst
     orientation:int=1 # EXIF orientation to apply; `box` and `shape` are those of the upright picture
 )->torch.Tensor: # (H,W,3) uint8

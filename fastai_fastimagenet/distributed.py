@@ -41,7 +41,7 @@ class DDPTrainer(FitCallback):
     order,run_valid = 11,False # As fastai's `DistributedTrainer`: after all that changes loaders, before bars and logs measure them
     idle_in = () # In `lr_find` it says that this does not work
     def __init__(self,
-        compress:str=None, # 'fp16' or 'bf16': send gradients in 16 bits
+        compress:str|None=None, # 'fp16' or 'bf16': send gradients in 16 bits
         sync_bn:bool=False, # Batch norm over all processes' pictures? Needs GPUs
         **kwargs # For `DistributedDataParallel`: find_unused_parameters, bucket_cap_mb, static_graph, ...
     ):
@@ -125,7 +125,7 @@ def _silent(learn): return [learn.no_logging(), learn.no_bar(), redirect_stdout(
 @contextmanager
 @delegates(DDPTrainer)
 def ddp(self:Learner,
-    timeout:float=None, # A process that waits longer than this for the others ends with an error; 5 by default (minutes)
+    timeout:float|None=None, # A process that waits longer than this for the others ends with an error; 5 by default (minutes)
     **kwargs
 ):
     "Train and evaluate on all processes that a launcher started; the same as without it on one. All of them must call the same methods"

@@ -74,7 +74,7 @@ def _check_cbs(cbs):
 def fit_phases(self:Learner,
     schedule:Schedule, # E.g. `recipes['imagenet18_8']`
     cbs=None, # More callbacks
-    wd:float=None, # Weight decay of all parameters but normalization and biases; the Learner's by default
+    wd:float|None=None, # Weight decay of all parameters but normalization and biases; the Learner's by default
     reset_opt:bool=False, # Start with a new optimizer?
     start_epoch:int=0, # Epochs to skip
     resume=None, # Folder of checkpoints: go on from the newest one, and write new ones there

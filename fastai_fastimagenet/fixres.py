@@ -41,7 +41,7 @@ def hold_out(
 def find_test_size(
     learn, # `Learner` with a trained model
     dl, # Loader of pictures that it was not trained on, and that no result is reported on, e.g. of `hold_out`
-    sizes:list=None, # Short sides to try (pixels); by default from the loader's size to 1.5 times as much, in steps of 32
+    sizes:list|None=None, # Short sides to try (pixels); by default from the loader's size to 1.5 times as much, in steps of 32
     crop_pcts:tuple=(.875,1.) # Shares of the picture to try
 )->pd.DataFrame: # A row for each way to test, the best first: size (pixels), crop_pct, rect, top1, loss, pixels (of a picture, on average)
     "Top-1 and loss of `learn` with several image sizes, as centre crops and on rectangles; `ValueError` for the validation set"

@@ -92,7 +92,7 @@ def _fresh_store():
 
 # %% ../nbs/06_group.ipynb #5e42ecd4
 def init_group(
-    timeout:float=None # A process that waits longer than this for the others gives up; 5 by default (minutes)
+    timeout:float|None=None # A process that waits longer than this for the others gives up; 5 by default (minutes)
 )->bool: # Are there two processes or more?
     "Join the process group that the launcher describes in the environment, on nccl for GPUs, else gloo; `ValueError` if it describes none"
     if timeout is not None and (not isinstance(timeout, (int,float)) or timeout<=0):

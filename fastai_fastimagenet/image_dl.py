@@ -57,8 +57,8 @@ class ImageDL(TfmdDL):
     def __init__(self,
         dataset, # `Datasets` of `Pictures` and their classes; with others it is a `TfmdDL`
         bs:int=64, # Images per batch
-        pool:WorkerPool=None, # May serve several loaders
-        num_workers:int=None, # 0: this process makes the batches; by default the pool does
+        pool:WorkerPool|None=None, # May serve several loaders
+        num_workers:int|None=None, # 0: this process makes the batches; by default the pool does
         **kwargs
     ):
         self.pool,self.announced = pool or WorkerPool(make_batch, num_workers or 0),{} # Settings of the next epoch, as far as they change
@@ -104,8 +104,8 @@ class ImageDL(TfmdDL):
         self.pool.expect(self.shuffle, partial(_jobs_of_next, weakref.ref(self), _epoch))
 
     def raw_batches(self,
-        batches:list=None, # As of `batches`; by default those of a new epoch
-        seed:int=None, # Of the epoch
+        batches:list|None=None, # As of `batches`; by default those of a new epoch
+        seed:int|None=None, # Of the epoch
         again=None # Function of a loader: `batches` and `seed` of its next epoch
     ):
         "Batches of bytes on the device, before any batch transform"

@@ -24,7 +24,7 @@ class ImageInfo:
     height:int
     orientation:int=1 # EXIF orientation, 1 if there is none; 5 to 8 exchange width and height
     checked:bool=False # Was it decoded completely?
-    error:str=None # Why it cannot be used
+    error:str|None=None # Why it cannot be used
 
 def _head(path, check):
     if not check: return read_header(path)
@@ -153,8 +153,8 @@ def _split(table, only):
 def index_folder(
     root, # Folder, '~' is the home folder
     check:bool=False, # Decode the files too? Finds truncated and corrupt ones
-    workers:int=None, # Processes that read many files; by default one for each core, at most 8
-    only:list=None # Names of folders in `root`: what the table has of others stays as it is
+    workers:int|None=None, # Processes that read many files; by default one for each core, at most 8
+    only:list|None=None # Names of folders in `root`: what the table has of others stays as it is
 )->ImageIndex:
     "Index of the images below `root`, hidden ones excepted; only what is new or has changed is read"
     root = Path(root).expanduser().absolute()

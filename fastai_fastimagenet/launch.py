@@ -107,7 +107,7 @@ def _call(modules, payload):
 def launch(
     f, # Function; the model, the data and `with learn.ddp()` belong into it
     *args,
-    nproc:int=None, # Processes; by default one per GPU
+    nproc:int|None=None, # Processes; by default one per GPU
     **kwargs
 ): # What `f` returned in the first process
     "Call `f(*args, **kwargs)` in `nproc` processes of this machine; `RuntimeError` with the first error if one fails"

@@ -57,10 +57,10 @@ def _data_path(data):
 def get_learner(
     data:str, # 'photos', 'imagenette' or a folder with train and val
     schedule:Schedule, # The loaders start with its first size and batch
-    arch:str=None, # 'resnet_small' (default for photos) or a torchvision model (default resnet50)
-    precision:str=None, # 'fp32', 'fp16' (GPU; default there) or 'bf16'
+    arch:str|None=None, # 'resnet_small' (default for photos) or a torchvision model (default resnet50)
+    precision:str|None=None, # 'fp32', 'fp16' (GPU; default there) or 'bf16'
     seed:int=0, # Of weights, order and crops
-    workers:int=None, # Loader processes
+    workers:int|None=None, # Loader processes
     exif:bool=False, # Turn photos as their EXIF data say?
     strict:bool=False, # Is a file that cannot be decoded an error?
     init_bn0:bool=False, # Start residual blocks as nothing?

@@ -83,8 +83,8 @@ def imagenet_dls(
     size:int, # Image side, of the first epoch if it changes (pixels)
     bs:int, # Images per batch
     min_scale:float=.08, # Smallest area share of the random crop
-    workers:int=None, # Loader processes; by default this process's share of the cores, at most 8
-    batch_tfms:list=None, # fastai's batch transforms, e.g. `aug_transforms(size=128)`
+    workers:int|None=None, # Loader processes; by default this process's share of the cores, at most 8
+    batch_tfms:list|None=None, # fastai's batch transforms, e.g. `aug_transforms(size=128)`
     exif:bool=False, # Apply EXIF orientations? ImageNet's models do not
     strict:bool=False, # Raise an error if a file cannot be decoded? Else it is left out
     dtype:torch.dtype=torch.float32 # Of the batches; with `batch_tfms` always float32

@@ -93,8 +93,8 @@ def measured_run(
 def plan_measured(
     schedule:Schedule, # Converted by linear scaling if it is for another number of processes than were measured
     measured:Measured, # From `measured_run` or `measure`
-    price:float=None, # USD per hour of the machine
-    n_train:int=None # Training pictures; by default as many as were measured with
+    price:float|None=None, # USD per hour of the machine
+    n_train:int|None=None # Training pictures; by default as many as were measured with
 )->Plan:
     "What `schedule` takes where `measured` was measured, with the same model, loaders and validation pictures"
     check_schedule(schedule)
@@ -119,7 +119,7 @@ def _price_from(price): return 'given' if price is not None else 'give `price`'
 # %% ../nbs/32_measured.ipynb #63f524b6
 def actual(
     out, # Folder that `fastimagenet-train` wrote
-    price:float=None # USD per hour of the machine, or of all machines together
+    price:float|None=None # USD per hour of the machine, or of all machines together
 )->Plan:
     "What the run in `out` took, phase by phase; an epoch that two phases share counts for the phase it starts in. `ValueError` if the folder holds none"
     out = Path(out)

@@ -117,7 +117,7 @@ def largest_batch(
 
 def find_batch_size(
     learn:Learner, # Its transforms must set an image size
-    sizes:list=None, # Short sides; by default the present one (pixels)
+    sizes:list|None=None, # Short sides; by default the present one (pixels)
     most:int=1024 # As in `largest_batch`
 )->dict: # Short side (pixels) -> images per process
     "The largest batch that fits into memory for each image size, as `DynamicBatchSize('auto')` finds it in training"

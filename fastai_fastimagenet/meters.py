@@ -35,7 +35,7 @@ def _sum_files(files):
 class NetMeter:
     "Bytes that came in and went out over one interface, and over RDMA adapters if there are any"
     def __init__(self,
-        interface:str=None, # By default that of `traffic_interface`
+        interface:str|None=None, # By default that of `traffic_interface`
         root='/' # For tests: where `proc` and `sys` are
     ):
         self.root,self.interface = Path(root),interface or traffic_interface(root)

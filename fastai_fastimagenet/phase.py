@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 class Phase:
     "A span of epochs with fixed image size, batch size and data, and a constant or linear learning rate"
     n_epoch:float # Length (epochs); size, batch and data change at whole epochs only
-    size:int=None # Image side (pixels)
-    bs:int=None # Images per process
-    lr:float|tuple=None # Learning rate, or (start, end) to move linearly from batch to batch
-    data:str=None # Suffix of the data directory, e.g. '-sz/160' for smaller copies; '' for the directory itself
-    min_scale:float=None # Smallest share of the picture's area that RandomResizedCrop takes
-    rect:bool=None # Validate on rectangles?
+    size:int|None=None # Image side (pixels)
+    bs:int|None=None # Images per process
+    lr:float|tuple|None=None # Learning rate, or (start, end) to move linearly from batch to batch
+    data:str|None=None # Suffix of the data directory, e.g. '-sz/160' for smaller copies; '' for the directory itself
+    min_scale:float|None=None # Smallest share of the picture's area that RandomResizedCrop takes
+    rect:bool|None=None # Validate on rectangles?
 
 # %% ../nbs/01_phase.ipynb #1e9eb37a
 _defaults = dict(data='', min_scale=.08, rect=False)

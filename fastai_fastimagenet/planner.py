@@ -167,7 +167,7 @@ def plan(
     schedule:Schedule, # Converted by linear scaling if it is made for another number of GPUs, as training does
     machine:str, # Name of a profile
     nodes:int=1, # Machines
-    price:float=None, # USD per hour of one machine; by default the profile's
+    price:float|None=None, # USD per hour of one machine; by default the profile's
     n_train:int=1_281_167, # Training pictures; ImageNet's by default
     n_valid:int=50_000 # Validation pictures
 )->Plan:

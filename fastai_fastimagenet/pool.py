@@ -52,7 +52,7 @@ class WorkerPool:
         make, # Function of the parts of a job; tensors that it returns come through shared memory
         workers:int, # Processes; with 0 this one computes when a result is asked for
         pin_memory:bool=False, # Results in page-locked memory, for GPUs?
-        ahead:int=None, # Jobs under way at any time; by default two for each worker, at least 6
+        ahead:int|None=None, # Jobs under way at any time; by default two for each worker, at least 6
     ):
         self.make,self.workers,self.pin_memory,self.ahead = make,workers,pin_memory,ahead or max(2*workers, 6)
         self.key = next(_keys)

@@ -21,7 +21,7 @@ class BF16(MixedPrecision):
         self.autocast = autocast(first(self.learn.model.parameters()).device.type, dtype=torch.bfloat16)
 
 def check_precision(
-    precision:str=None # 'fp32', 'fp16' or 'bf16'
+    precision:str|None=None # 'fp32', 'fp16' or 'bf16'
 )->str: # By default 'fp16' on GPUs, 'fp32' on CPUs
     "`precision`, or the usual one of this machine; `ValueError` if it cannot be had"
     gpu = torch.cuda.is_available()

@@ -173,7 +173,7 @@ def presize(
     dst=None, # Folder for the copies; by default that of the pictures, with -sz or -raw at its name
     short:tuple=(160,352), # Short sides (pixels)
     format:str='jpeg', # 'jpeg' or 'raw': pixels one after the other, in a few large files
-    workers:int=None, # Processes; by default one for each core; with 0 this one does all
+    workers:int|None=None, # Processes; by default one for each core; with 0 this one does all
     quality:int=90, # Of JPEG copies, 1 to 100
     exif:bool=False, # Turn the copies as the EXIF orientation says?
     strict:bool=False # Stop at the first damaged picture?

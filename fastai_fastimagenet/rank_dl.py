@@ -68,8 +68,8 @@ class RankDL(TfmdDL):
 
     def __init__(self,
         dl:DataLoader, # fastai loader of an indexed data set
-        rank:int=None, # By default this process
-        world:int=None, # Processes; by default as many as there are
+        rank:int|None=None, # By default this process
+        world:int|None=None, # Processes; by default as many as there are
         train:bool=False, # Parts of global batches? Else whole batches
         seed:int=0, # Of the order, and of what is drawn for each picture in training; the same on all processes
         cuts=(), # In training: (processes, pictures, steps) each time that the epoch was broken off

@@ -88,10 +88,10 @@ class RectImageDL(RectDL, ImageDL):
 # %% ../nbs/24_rectval.ipynb #a43f33dc
 def rect_dl(
     dls, # `DataLoaders`, of which the validation loader is taken, or a loader
-    size:int=None, # Short side of the batches; by default the loader's image size (pixels)
-    bs:int=None, # Images per batch; by default the loader's
+    size:int|None=None, # Short side of the batches; by default the loader's image size (pixels)
+    bs:int|None=None, # Images per batch; by default the loader's
     multiple:int=32, # The long side is rounded to a multiple of this (pixels)
-    crop_pct:float=None # Share of the largest crop that is kept; by default that of the loader's own transforms
+    crop_pct:float|None=None # Share of the largest crop that is kept; by default that of the loader's own transforms
 )->RectDL:
     "Validation loader of rectangular batches, with the transforms of `dls.valid` but for those that set a size"
     if not isinstance(multiple, int) or multiple<1: raise ValueError(f'`multiple` must be a whole number of pixels, 1 or more, got {multiple!r}')
@@ -100,9 +100,9 @@ def rect_dl(
 
 def centre_dl(
     dls, # As of `rect_dl`
-    size:int=None, # Side of the square (pixels)
-    bs:int=None,
-    crop_pct:float=None
+    size:int|None=None, # Side of the square (pixels)
+    bs:int|None=None,
+    crop_pct:float|None=None
 )->TfmdDL:
     "As `rect_dl`, with square centre crops"
     dl = _valid_dl(dls)
@@ -140,7 +140,7 @@ class RectValidation(FitCallback):
     def __init__(self,
         epochs:int|dict=0, # First epoch with rectangles, or e.g. {0:False, 28:True}
         multiple:int=32, # The long side is rounded to a multiple of this (pixels)
-        crop_pct:float=None # Share of the largest crop that is kept; by default that of the loader's own transforms
+        crop_pct:float|None=None # Share of the largest crop that is kept; by default that of the loader's own transforms
     ):
         table = epochs if isinstance(epochs, dict) else {epochs:True}
         self.rect_epochs = check_table(table, 'epochs', lambda o: isinstance(o, bool), 'True or False')

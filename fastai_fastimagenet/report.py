@@ -75,8 +75,8 @@ parts = dict(compute='training steps', data='waiting for data', eval='evaluation
 
 def summary(
     run:SimpleNamespace, # From `load_run`
-    price:float=None, # US dollars per hour, of all machines together
-    predicted:float=None # Minutes that were predicted
+    price:float|None=None, # US dollars per hour, of all machines together
+    predicted:float|None=None # Minutes that were predicted
 )->dict: # What -> text
     "The numbers of a run in words"
     rows,last,res = run.rows,run.rows.iloc[-1],{}
@@ -199,7 +199,7 @@ def dawn_tsv(
 
 def dawn_json(
     run:SimpleNamespace, # From `load_run`
-    price:float=None # US dollars per hour, of all machines together
+    price:float|None=None # US dollars per hour, of all machines together
 )->dict:
     "What DAWNBench wants to know about a run; author and code are for you to fill in"
     m = run.machines[-1] if run.machines else dict(versions={}, hardware=dict(gpus=[], cores=0), processes=1)

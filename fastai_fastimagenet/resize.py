@@ -18,7 +18,7 @@ class ProgressiveResize(FitCallback):
     order = -7 # After `RectValidation` (-8), which exchanges the loader; before `DistributedTrainer` (11), which wraps it
     def __init__(self,
         sizes:dict, # First epoch -> image side, e.g. {0:128, 3:224}; the short side of rectangles (pixels)
-        min_scale:dict=None, # First epoch -> smallest area share of RandomResizedCrop, e.g. {0:.08, 3:.35}
+        min_scale:dict|None=None, # First epoch -> smallest area share of RandomResizedCrop, e.g. {0:.08, 3:.35}
         valid:bool=True, # Change the size of validation too?
     ):
         self.sizes = check_table(sizes, 'sizes', lambda o: isinstance(o, int) and o>=8, 'a whole number of pixels, 8 or more')

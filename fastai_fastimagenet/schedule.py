@@ -139,7 +139,7 @@ def plot(self:Schedule,
 @patch
 def scale_to(self:Schedule,
     global_bs:int, # Global batch of the first phase in the new table
-    world:int=None, # Processes of the new table; by default as many as in this one
+    world:int|None=None, # Processes of the new table; by default as many as in this one
 )->Schedule:
     "This table with all batches, and the learning rate with them, multiplied by new/old global batch"
     world = self.world if world is None else world

@@ -27,7 +27,7 @@ class TensorBoard(FitCallback):
     def __init__(self,
         path, # Folder
         every:int=20, # Steps between two points; a point reads the loss from the GPU
-        interface:str=None # Network interface; by default the one that leads to the other processes
+        interface:str|None=None # Network interface; by default the one that leads to the other processes
     ):
         if every<1: raise ValueError(f'`every` must be 1 or more, got {every}')
         self.log_dir,self.every,self.interface,self.n_seen = Path(path),every,interface,0

@@ -40,7 +40,7 @@ _default_schedule = dict(photos='photos', imagenette='imagenette_5')
 
 def get_schedule(
     name:str, # Recipe, JSON file, or what is in one
-    n_epoch:int=None # Compress or stretch it to so many epochs
+    n_epoch:int|None=None # Compress or stretch it to so many epochs
 )->Schedule:
     "The table called `name`"
     if not name: raise ValueError(f'Give your data a table with `--schedule`: a JSON file, or one of {", ".join(recipes)}')

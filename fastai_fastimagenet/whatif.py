@@ -64,11 +64,11 @@ def _to_93(machine, nodes, price):
     return min(found, key=lambda o: o.plan.minutes, default=None)
 
 def options(
-    budget:float=None, # USD for the whole run
-    deadline:float=None, # Minutes for the whole run
-    machines:list=None, # Names of profiles; all by default that are for rent
+    budget:float|None=None, # USD for the whole run
+    deadline:float|None=None, # Minutes for the whole run
+    machines:list|None=None, # Names of profiles; all by default that are for rent
     nodes=(1,2,4,8,16), # Numbers of machines
-    prices:dict=None # Name -> USD per hour of one machine, in place of the profiles'
+    prices:dict|None=None # Name -> USD per hour of one machine, in place of the profiles'
 )->list: # Of `Option`, best first
     "Ways to 93 % top-5 on ImageNet: the cheapest within `deadline`, the fastest within `budget`; cheapest first if both or none are given. `ValueError` if there is none"
     for k,v in dict(budget=budget, deadline=deadline).items():

@@ -17,6 +17,7 @@ cheapest: str = options(deadline=30)[0].plan.machine
 shares: list = scaling(recipes['imagenet18_1'], 'p5.48xlarge', (1,2)).efficiency()
 gpus: int = profiles['p5.48xlarge'].gpus
 text: str = predicted.schedule.to_json()
+defaults: list = [Phase(1, size=None), plan(sched, 'p4d.24xlarge', price=None), options(budget=None)] # None says: by default
 
 Schedule('photos') # type: ignore[arg-type]
 sched.scale_epoch(6) # type: ignore[attr-defined]

@@ -153,7 +153,7 @@ def relaunch(self:AWSCluster):
 @patch(cls_method=True)
 def attach(cls:AWSCluster,
     name:str,
-    region:str=None, # By default that of the environment
+    region:str|None=None, # By default that of the environment
     **kwargs # More for `AWSCluster`, where they are not those of the machines there are
 ):
     "The cluster `name` as there is one; `CloudError` if it has no machines"

@@ -79,7 +79,7 @@ def state_of(o): return o['State']['Name'] if isinstance(o.get('State'), dict) e
 def tagged(
     ec2, # Client of boto3
     kind:str, # E.g. 'subnet'
-    name:str=None # Cluster; all clusters by default
+    name:str|None=None # Cluster; all clusters by default
 )->list: # As AWS describes them
     "What there is of `kind` with the tag of cluster `name`"
     op,key,_ = aws_kinds[kind]

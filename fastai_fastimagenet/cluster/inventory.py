@@ -75,7 +75,7 @@ def look(ec2, efs, region, name=None, kinds=None):
 def resources(
     session, # Of boto3
     region:str,
-    name:str=None # Cluster; all by default
+    name:str|None=None # Cluster; all by default
 )->list: # Of `Resource`
     "Everything at AWS with the tag of cluster `name`; `CloudError` if some of it cannot be looked up"
     found,failed = look(*clients(session, region), region, name)

@@ -49,16 +49,16 @@ class Job:
     def __init__(self,
         script:str, # Python file in `folder`, or a module: 'fastai_fastimagenet.train' is the training script of this package
         *,
-        name:str=None, # Of the run and of its folders; by default script and time
-        nodes:int=None, # Machines; by default all that the cluster has
-        nproc:int=None, # Processes per machine; by default one per GPU, or one
+        name:str|None=None, # Of the run and of its folders; by default script and time
+        nodes:int|None=None, # Machines; by default all that the cluster has
+        nproc:int|None=None, # Processes per machine; by default one per GPU, or one
         schedule=None, # `Schedule`, JSON file or recipe: becomes `--schedule`
         folder='.', # The code, copied to the machines: what git tracks, and what it does not ignore
         out=None, # Folder here for what the run leaves; by default runs/NAME
-        setup:str=None, # Shell command, runs once on each machine in the copied code, e.g. 'pip install -e .'
-        env:dict=None, # Environment variables
-        secrets:dict=None, # More of them, e.g. tokens: never in a command line, a log or a file that others can read
-        resume:list=None, # Arguments with which the script goes on from '{out}', in place of `args`
+        setup:str|None=None, # Shell command, runs once on each machine in the copied code, e.g. 'pip install -e .'
+        env:dict|None=None, # Environment variables
+        secrets:dict|None=None, # More of them, e.g. tokens: never in a command line, a log or a file that others can read
+        resume:list|None=None, # Arguments with which the script goes on from '{out}', in place of `args`
         sync_minutes:float=5, # What the run has left so far is brought home so often (minutes)
         max_relaunch:int=3, # Taken machines are replaced at most so many times
         **args # Options of the script: `lr=.1` becomes `--lr .1`
@@ -122,9 +122,9 @@ exit "$code"
 @patch
 def slurm(self:Job,
     nodes:int=1, # Machines
-    gpus:int=None, # GPUs per machine, one process each; by default `nproc`, or 8; 0: none, one process
+    gpus:int|None=None, # GPUs per machine, one process each; by default `nproc`, or 8; 0: none, one process
     time:str='04:00:00', # Longest time before the job is put back into the queue, as Slurm writes it
-    partition:str=None # Where to queue
+    partition:str|None=None # Where to queue
 )->str:
     "Script for `sbatch` that runs this job, saves its state before the time is over, and goes on"
     gpus = (self.nproc or 8) if gpus is None else gpus

@@ -110,7 +110,7 @@ def offers(
     machine:str, # Type
     region:str,
     spot='auto', # True: spot alone, False: on demand alone, 'auto': both
-    zone:str=None # One zone; all that have the machine by default
+    zone:str|None=None # One zone; all that have the machine by default
 )->list: # Of `Offer`, cheapest first
     "Where `machine` is offered in `region`, by price; `ValueError` if nowhere. Whether there are any left shows when they are launched"
     if spot not in (True,False,'auto'): raise ValueError(f"`spot` must be True, False or 'auto', got {spot!r}")
@@ -167,7 +167,7 @@ def hours_for(
     nodes:int, # Machines
     price:float, # USD per machine and hour; None if it is not known
     max_hours:float,
-    max_dollars:float=None # No limit by default
+    max_dollars:float|None=None # No limit by default
 )->float:
     "Hours that a cluster may live"
     for k,v in dict(max_hours=max_hours, max_dollars=max_dollars).items():
@@ -182,7 +182,7 @@ def hours_for(
 # %% ../../nbs/54_cluster.market.ipynb #702df704
 def cost(
     instances:list, # As AWS describes them, with the tag of the price
-    now:datetime=None # By default now
+    now:datetime|None=None # By default now
 )->float: # USD; None if a price is not known
     "What `instances` have cost since they were launched; those that ended count until they did"
     def hours(o):

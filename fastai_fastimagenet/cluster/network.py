@@ -208,8 +208,8 @@ class Network:
     subnets:dict # Zone -> subnet
     group:str # Security group
     key_name:str
-    placement_group:str=None # None if there is none
-    efs:str=None # File system; None if there is none
+    placement_group:str|None=None # None if there is none
+    efs:str|None=None # File system; None if there is none
 
 def ensure_network(
     ec2, # Client of boto3

@@ -20,7 +20,7 @@ from .ssh import *
 from .watch import *
 
 # %% ../../nbs/56_cluster.order.ipynb #49b34dab
-def aws_session(region:str=None):
+def aws_session(region:str|None=None):
     "Session of boto3 with credentials and settings from the environment, and the region"
     try: import boto3
     except ImportError: raise ImportError('AWS needs boto3: pip install fastai_fastimagenet[aws]') from None
@@ -36,14 +36,14 @@ class Order:
         nodes:int, # Machines
         machine:str='p4d.24xlarge', # Type of the machines
         spot='auto', # True: spot alone, False: on demand alone, 'auto': whatever is cheaper and to be had
-        region:str=None, # By default that of the environment
-        zone:str=None, # One zone; by default all are tried, by price
-        image:str=None, # Id of a disk image; by default the newest Deep Learning image
+        region:str|None=None, # By default that of the environment
+        zone:str|None=None, # One zone; by default all are tried, by price
+        image:str|None=None, # Id of a disk image; by default the newest Deep Learning image
         volume=None, # Snapshot that becomes a disk at /data: 'snap-...', or dict(snapshot=, size=, iops=, throughput=) in GB, operations per second, MB/s
         efs=None, # True: a file system that all share at /efs; or the id of one there is
         max_hours:float=3, # After that the machines end
-        max_dollars:float=None, # After that too; of the machines alone
-        ssh_from:str=None, # Addresses that may use ssh, as '203.0.113.7/32'; by default that of this laptop
+        max_dollars:float|None=None, # After that too; of the machines alone
+        ssh_from:str|None=None, # Addresses that may use ssh, as '203.0.113.7/32'; by default that of this laptop
         user:str='ubuntu', # Of the image
         python:str='/opt/pytorch/bin/python', # Of the image
         say=print, # Called with each message

@@ -58,7 +58,7 @@ def pack_code(
 # %% ../../nbs/61_cluster.prepare.ipynb #d696eb88
 def nccl_env(
     machine:str, # AWS instance type, or None
-    interface:str=None # Of the network that leads to the other machines; None: there are no others
+    interface:str|None=None # Of the network that leads to the other machines; None: there are no others
 )->dict:
     "Environment of NCCL and gloo"
     res = {'GLOO_SOCKET_IFNAME':interface} if interface else {}

@@ -29,7 +29,7 @@ def find_image(
     ec2, # Client of boto3
     ssm, # Client of boto3
     arch:str='x86_64',
-    image:str=None # Id; by default the newest Deep Learning image
+    image:str|None=None # Id; by default the newest Deep Learning image
 )->Image:
     "What is known of `image`; `ValueError` if there is none, or it is for other processors"
     from botocore.exceptions import ClientError

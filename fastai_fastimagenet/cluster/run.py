@@ -190,7 +190,7 @@ def _replace(self:Run, e):
 # %% ../../nbs/62_cluster.run.ipynb #5d3afb78
 @patch
 def wait(self:Run,
-    timeout:float=None # Seconds; `TimeoutError` after that, and the run goes on
+    timeout:float|None=None # Seconds; `TimeoutError` after that, and the run goes on
 )->Run:
     "Until it has ended and all is brought home; raises the `JobError` if it failed"
     if not self.ended.wait(timeout): raise TimeoutError(f'{self.job.name} still runs after {timeout:g} s')

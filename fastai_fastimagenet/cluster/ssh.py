@@ -36,9 +36,9 @@ def _sockets(config):
 def write_ssh_config(
     folder, # Folder of the cluster
     hosts:dict, # Name -> address, USER@ or USER@address, '' if the name will do; in order of rank
-    user:str=None, # On the machines
+    user:str|None=None, # On the machines
     key=None, # File of the private key; no other key is tried
-    port:int=None,
+    port:int|None=None,
     known_hosts=None, # File with their host keys; by default the user's
     jump:bool=False, # Reach all but the first through the first?
     include:bool=False # Take what is not said here from the user's own configuration?
@@ -211,11 +211,11 @@ class SSHCluster(Cluster):
     "Machines one already has"
     def __init__(self,
         hosts:list, # HOST or USER@HOST for each machine, in order of rank
-        user:str=None, # On the machines
+        user:str|None=None, # On the machines
         key=None, # File of the private key; by default what ssh would try
-        port:int=None,
+        port:int|None=None,
         python:str='python3', # On the machines
-        addresses:list=None, # Under which they reach each other; by default as ssh reaches them
+        addresses:list|None=None, # Under which they reach each other; by default as ssh reaches them
         known_hosts=None, # File with their host keys; by default the user's
         jump:bool=False, # Reach all but the first through the first?
         folder:str='fastimagenet' # Holds the work folders; relative to the home folder, or absolute

@@ -78,10 +78,10 @@ def _server(self:Task): return f'fi-{sha1(self.folder.encode()).hexdigest()[:8]}
 @patch
 def run(self:Task,
     cmd:str, # For bash; any number of lines
-    name:str=None, # Of the run; by default run0, run1 and so on
+    name:str|None=None, # Of the run; by default run0, run1 and so on
     wait:bool=True, # Wait for the end, and raise `HostError` if the exit status is not 0?
-    env:dict=None, # More environment variables
-    secrets:dict=None, # Environment variables that nobody may see
+    env:dict|None=None, # More environment variables
+    secrets:dict|None=None, # Environment variables that nobody may see
     cwd:str='' # Folder it runs in, relative to the work folder
 )->'Process':
     "Start `cmd` in tmux, or with `nohup` where there is no tmux"
@@ -131,7 +131,7 @@ class Process:
         "The last `n` lines of its output"
         return [l.decode(errors='replace').rstrip('\n') for l in BytesIO(self.task._ask(self._here(f'tail -n {n} log')))]
 
-    def wait(self, timeout:float=None)->int: # Exit status
+    def wait(self, timeout:float|None=None)->int: # Exit status
         "Wait for the end; `TimeoutError` after `timeout` seconds"
         began,pause = time.monotonic(),.1
         while (code := self.status) is None:
@@ -186,7 +186,7 @@ def follow(self:Process,
 @patch
 def upload(self:Task,
     src, # File or folder here
-    dst:str=None # There, relative to the work folder; by default the name of `src`
+    dst:str|None=None # There, relative to the work folder; by default the name of `src`
 ):
     "Copy `src` to the machine; a folder is merged into one that exists"
     src = Path(src).resolve()
@@ -218,8 +218,8 @@ class Cluster:
 
     def each(self,
         f, # Called with a `Task`
-        what:str=None, # Shown beside a progress bar; no bar without it
-        tasks:list=None # Only these; all by default
+        what:str|None=None, # Shown beside a progress bar; no bar without it
+        tasks:list|None=None # Only these; all by default
     )->list: # What `f` returned, in order of rank
         "Call `f` for all machines at the same time; `ClusterError` names those where it failed"
         tasks,done = list(self.tasks if tasks is None else tasks),queue.Queue()
@@ -233,7 +233,7 @@ class Cluster:
         return [r for _,r,_ in res]
 
     def sh(self, cmd:str, input=None, timeout:float=60)->list: return self.each(lambda t: t.sh(cmd, input, timeout), cmd)
-    def upload(self, src, dst:str=None): self.each(lambda t: t.upload(src, dst), f'upload {src}')
+    def upload(self, src, dst:str|None=None): self.each(lambda t: t.upload(src, dst), f'upload {src}')
 
     def download(self, src:str, dst):
         "Copy `src` of every machine into a folder of its name in folder `dst`"

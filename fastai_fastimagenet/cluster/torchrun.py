@@ -74,8 +74,8 @@ class Torchrun:
         argvs:list, # Words after `python`, a list for each task
         python:str='python3', # Executable on the machines
         nproc:int=1, # Processes on each machine
-        envs:list=None, # Environment variables, a dict for each task
-        secrets:dict=None, # More of them, which nobody may see
+        envs:list|None=None, # Environment variables, a dict for each task
+        secrets:dict|None=None, # More of them, which nobody may see
         cwd:str='' # Folder it runs in, relative to the work folder
     ):
         store_attr()
@@ -115,7 +115,7 @@ class Torchrun:
 @patch
 def wait(self:Torchrun,
     out=noop, # Called with each line of the first machine
-    timeout:float=None # Seconds
+    timeout:float|None=None # Seconds
 ):
     "Until it has ended on all machines; `JobError` if it failed, after ending it everywhere"
     events,end,patience = queue.Queue(),time.monotonic()+(timeout or float('inf')),float('inf')

@@ -55,8 +55,8 @@ def user_data(
     public:str, # Its public half, ssh-ed25519 AAAA...
     max_minutes:float, # Power off after this time, no matter what (minutes)
     user:str='ubuntu', # Who logs in; `ec2-user` on Amazon Linux
-    volume:str=None, # Folder for the EBS volume that was added
-    efs:str=None, # Name or address of an EFS, e.g. fs-12345678.efs.us-east-1.amazonaws.com
+    volume:str|None=None, # Folder for the EBS volume that was added
+    efs:str|None=None, # Name or address of an EFS, e.g. fs-12345678.efs.us-east-1.amazonaws.com
     efs_folder:str='/efs', # Folder for it
     **kwargs
 )->str:
