@@ -103,13 +103,14 @@ def plan_measured(
     res = []
     for i,(p,start) in enumerate(zip(schedule.phases, schedule.starts)):
         steps = p.n_epoch*schedule.batches(int(start), n_train)
+        images = steps*p.bs*schedule.world
         step,wait = measured.step(p.size, p.bs, p.data)
         was = schedule.phases[i-1] if i else None
         new = start==int(start) and (not was or (was.size,was.bs)!=(p.size,p.bs))
         times = dict(compute=steps*step, data=steps*wait, network=0., eval=p.n_epoch*measured.eval(p.size, p.rect), switch=p.n_epoch*measured.epoch(False)+new*max(0., measured.epoch(True)-measured.epoch(False)))
         what = dict(compute='computing', data='loading: presize, or use more workers', eval='evaluation', switch='starting epochs and changing sizes')
-        res.append(PhasePlan(i, f'{start:g}-{start+p.n_epoch:g}', p.size, p.bs, round(steps), round(n_train*p.n_epoch), **times, memory_gb=math.nan,
-                             images_s=n_train*p.n_epoch/(times['compute']+times['data']), bottleneck=f'{p.size} px, batch {p.bs}: {what[max(what, key=times.get)]}'))
+        res.append(PhasePlan(i, f'{start:g}-{start+p.n_epoch:g}', p.size, p.bs, round(steps), round(images), **times, memory_gb=math.nan,
+                             images_s=images/(times['compute']+times['data']), bottleneck=f'{p.size} px, batch {p.bs}: {what[max(what, key=times.get)]}'))
     new = dict.fromkeys(f'{p.size} px in batches of {p.bs}{f" from {p.data}"*bool(p.data)}' for p in schedule.phases if not measured.knows(p.size, p.bs, p.data))
     notes = [f'Not measured but reckoned from other sizes and batches: {", ".join(new)}'] if new else []
     return Plan('machine as measured', 1, price, _price_from(price), measured.source, schedule, res, notes)

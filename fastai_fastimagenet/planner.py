@@ -31,12 +31,13 @@ def epoch_terms(
     schedule:Schedule,
     epoch:int,
     n_train:int, # Training pictures
-    n_valid:int # Validation pictures
+    n_valid:int, # Validation pictures
+    drop_last:bool=True # As in `Schedule.batches`
 )->dict:
     "What the epoch has to do: `step`, `work`, `start`, `size`, `bs`, `rect`"
     now,was = schedule.at(epoch),schedule.at(epoch-1) if epoch else None
     size = was is None or was.size!=now.size
-    return dict(step=schedule.batches(epoch, n_train), work=(n_train+n_valid/3)/schedule.world*_px(now.size), start=now.bs*load_ms(now.data, now.size),
+    return dict(step=schedule.batches(epoch, n_train, drop_last), work=(n_train+n_valid/3)/schedule.world*_px(now.size), start=now.bs*load_ms(now.data, now.size),
                 size=float(size), bs=float(not size and was.bs!=now.bs), rect=float(now.rect and not (was and was.rect)))
 
 # %% ../nbs/31_planner.ipynb #3b64606c
@@ -153,7 +154,8 @@ def _phase_plan(schedule, i, machine, nodes, n_train, n_valid):
     step = machine.step_s+p.bs*_px(p.size)/machine.images_s
     net = network_s(machine, nodes, step)
     new = start==int(start) # Sizes change at whole epochs only
-    steps,images = t['step']*p.n_epoch,n_train*p.n_epoch
+    steps = t['step']*p.n_epoch
+    images = steps*p.bs*schedule.world
     compute,network = steps*machine.step_s+images/schedule.world*_px(p.size)/machine.images_s,steps*net
     can = nodes*machine.vcpus*per_vcpu*1000/load_ms(p.data, p.size)
     need = images/(compute+network)

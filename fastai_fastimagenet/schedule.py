@@ -71,15 +71,17 @@ class Schedule:
 
     def batches(self,
         epoch:float, # Epoch
-        n_images:int # Training images
-    )->int: # Optimizer steps, the incomplete last batch included
+        n_images:int, # Training images
+        drop_last:bool=True # Is the incomplete last batch left out, as in training? That of 2018 took it
+    )->int: # Optimizer steps
         "Steps in the epoch at `epoch`"
-        return math.ceil(math.ceil(n_images/self.world)/self.at(epoch).bs)
+        row = self.at(epoch)
+        return n_images//row.global_bs if drop_last else math.ceil(math.ceil(n_images/self.world)/row.bs)
 
     def steps(self,
         n_images:int # Training images
-    )->int: # Optimizer steps, incomplete last batches included
-        "Steps of the whole schedule"
+    )->int: # Optimizer steps
+        "Steps of the whole schedule, without the incomplete last batch of each epoch"
         return sum(self.batches(e, n_images) for e in range(self.n_epoch))
 
     def __eq__(self, o): return isinstance(o, Schedule) and (self.phases,self.world)==(o.phases,o.world)

@@ -25,14 +25,14 @@ def test_golden_rows(name):
     for r in rows:
         e = int(r['epoch'])
         at = sched.at(e)
-        got = at.size, at.bs, at.global_bs, at.data or '(full)', at.rect, sched.batches(e, n_imagenet)
+        got = at.size, at.bs, at.global_bs, at.data or '(full)', at.rect, sched.batches(e, n_imagenet, drop_last=False)
         assert got==(int(r['size']), int(r['bs_per_gpu']), int(r['global_bs']), r['train_dir'], r['rect_val']=='1', int(r['batches'])), r
         assert same(r['min_scale'], at.min_scale), r
         assert same(r['lr_epoch_start'], at.lr), r
         last = sched.at(e+1-1e-9).phase
         assert same(r['lr_epoch_end'], sched.lr_in(last, e+1)), r
         assert same(r['lr_end_per_256'], sched.lr_in(last, e+1)*256/at.global_bs), r
-        left = -(-n_imagenet//sched.world) - at.bs*(sched.batches(e, n_imagenet)-1)
+        left = -(-n_imagenet//sched.world) - at.bs*(sched.batches(e, n_imagenet, drop_last=False)-1)
         assert int(r['last_batch_per_gpu'])==left, r
 
 @pytest.mark.parametrize('key', originals)
@@ -75,7 +75,10 @@ def test_epochs_and_no_gaps(s):
 @given(schedules(), st.integers(1,10**6))
 def test_steps(s, n):
     assert s.steps(n)==sum(s.batches(e, n) for e in range(s.n_epoch))
-    for e in range(s.n_epoch): assert (s.batches(e, n)-1)*s.at(e).bs*s.world < n <= s.batches(e, n)*s.at(e).bs*s.world
+    for e in range(s.n_epoch):
+        all_,whole = s.batches(e, n, drop_last=False),s.batches(e, n)
+        assert (all_-1)*s.at(e).global_bs < n <= all_*s.at(e).global_bs
+        assert whole*s.at(e).global_bs <= n < (whole+1)*s.at(e).global_bs
 
 @given(schedules(), st.floats(0,1))
 def test_lr_is_continuous_inside_a_phase(s, t):
