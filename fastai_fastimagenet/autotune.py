@@ -71,6 +71,7 @@ def suggest_lr(
     return _part*lrs[len(votes)-1-votes[::-1].index(max(votes))]
 
 # %% ../nbs/43_autotune.ipynb #2c48b610
+_few_steps,_least_bs = 10,8 # An epoch has so many steps, but for that no batch is made smaller than this
 shares = (.5,.3,.2) # Of the epochs, at half, three quarters and the whole of the size
 least_gain,least_steps = 1.2,100 # A larger batch must be so many times faster, and leave so many steps in an epoch
 
@@ -108,27 +109,30 @@ def _measure_sizes(learn, sizes, seconds, world):
         found = measure(learn, Schedule([Phase(1, size, bs, 0.)], world), seconds).points
         points.extend(found)
         return median(bs/(p.step_s+p.wait_s) for p in found)
+    most = dl.bs
+    while most>=2*_least_bs and dl.n<_few_steps*most*world: most //= 2
     for size in dict.fromkeys(sizes):
-        bs = fits(size, dl.bs)
+        bs = fits(size, most)
         now = rate(size, bs)
         while dl.n>=2*bs*world*least_steps and fits(size, 2*bs)==2*bs and (more := rate(size, 2*bs))>=least_gain*now: bs,now = 2*bs,more
         batches[size] = bs
     return batches,points
 
 # %% ../nbs/43_autotune.ipynb #15a1693a
-_most_epochs,_few_steps = 1000,10
+_most_epochs = 1000
 
 def auto_schedule(
     learn:Learner, # With its data, model and optimizer; its loaders set the size of the last phase
     minutes:float # For training with the table, evaluation included
 )->Schedule:
-    "A table for `learn` by the rules above, that trains in `minutes` here; `learn` is left as it was. In several processes all must call it. `ValueError` if one epoch takes longer"
+    "A table for `learn` by the rules above, that trains in `minutes` here; `learn` is left as it was. In several processes all must call it. `ValueError` if one epoch takes longer, or there are too few pictures for trials"
     if not (is_num(minutes) and minutes>0): raise ValueError(f'`minutes` must be a number above 0, got {minutes!r}')
     with learn.ddp():
         world,sizes,n_train = num_distrib() or 1,auto_sizes(dl_size(learn.dls.train)),dl_layers(learn.dls.train)[-1].n
+        if n_train<(least := _few_steps*_least_bs*world): raise ValueError(f'{n_train} training pictures are too few to try tables with, {least} are needed. Write the table by hand')
+        say(f'Measuring training at {", ".join(map(str, dict.fromkeys(sizes)))} pixels')
         batches,points = _measure_sizes(learn, sizes, min(10, 3*minutes), world)
-        steps = min(n_train//(b*world) for b in batches.values())
-        if steps<_few_steps: warn(f'An epoch has {steps} steps: with so few a table learns little. Make the loaders with smaller batches')
+        say(f'Testing learning rates at {sizes[0]} pixels with batches of {batches[sizes[0]]*world}')
         lr = math.prod(suggest_lr(*range_test(learn, sizes[0], batches[sizes[0]], seed=i)) for i in range(2))**.5
         min_scale = first(f.min_scale for f in sizers(learn.dls.train) if hasattr(f, 'min_scale'))
     measured = Measured(tuple(points), world, n_train, 'measured here')

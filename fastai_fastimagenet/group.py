@@ -7,7 +7,7 @@ __all__ = ['local_rank', 'interface_to', 'init_group', 'say', 'gather', 'rank0_f
            'state_sums', 'check_state', 'lost_peers']
 
 # %% ../nbs/06_group.ipynb #2c4c92f6
-import atexit, hashlib, json, socket, sys, threading, time, traceback
+import atexit, ctypes, hashlib, json, signal, socket, sys, threading, time, traceback
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
@@ -58,6 +58,11 @@ def _record_errors():
         hook(typ, e, tb)
     sys.excepthook = _hook
 
+@lru_cache(None)
+def _end_with_launcher():
+    "SIGTERM for this process when its launcher is killed, which then cannot end it"
+    if sys.platform=='linux': ctypes.CDLL(None).prctl(1, signal.SIGTERM) # PR_SET_PDEATHSIG
+
 def _leave():
     if dist.is_initialized() and not _recorded: dist.destroy_process_group() # After an error the others may not be there to say goodbye
 
@@ -97,6 +102,7 @@ def init_group(
     "Join the process group that the launcher describes in the environment, on nccl for GPUs, else gloo; `ValueError` if it describes none"
     if timeout is not None and (not isinstance(timeout, (int,float)) or timeout<=0):
         raise ValueError(f'`timeout` must be a number of minutes above 0, got {timeout!r}')
+    if 'TORCHELASTIC_RUN_ID' in os.environ: _end_with_launcher()
     if num_distrib()<=1: return False
     _record_errors()
     _fork_safely()

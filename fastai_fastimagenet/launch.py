@@ -145,6 +145,7 @@ def main(argv=None):
         if a.gpus!='all': os.environ['CUDA_VISIBLE_DEVICES'] = a.gpus
         nproc = a.nproc if a.nproc is not None else _default_nproc() if a.gpus=='all' else len(a.gpus.split(','))
         meeting = _meeting(nproc, a.nnodes, a.node_rank, a.rdzv_endpoint)
+        if a.nproc is None and nproc==1 and not torch.cuda.device_count(): print('launch: one process, since there is no GPU; --nproc 2 starts two', file=sys.stderr)
         if a.log_dir: Path(a.log_dir).mkdir(parents=True, exist_ok=True)
         log_dir = tempfile.mkdtemp(prefix='launch_', dir=a.log_dir)
     except (ValueError,OSError) as e: sys.exit(f'launch: {e}')

@@ -113,9 +113,9 @@ def plan_measured(
                              images_s=images/(times['compute']+times['data']), bottleneck=f'{p.size} px, batch {p.bs}: {what[max(what, key=times.get)]}'))
     new = dict.fromkeys(f'{p.size} px in batches of {p.bs}{f" from {p.data}"*bool(p.data)}' for p in schedule.phases if not measured.knows(p.size, p.bs, p.data))
     notes = [f'Not measured but reckoned from other sizes and batches: {", ".join(new)}'] if new else []
-    return Plan('machine as measured', 1, price, _price_from(price), measured.source, schedule, res, notes)
+    return Plan('machine as measured', 1, price, _price_from(price), measured.source, schedule, res, f'{n_train:,} training pictures', notes)
 
-def _price_from(price): return 'given' if price is not None else 'give `price`'
+def _price_from(price): return 'given' if price is not None else 'give `price`, USD per hour'
 
 # %% ../nbs/32_measured.ipynb #63f524b6
 def actual(
@@ -128,7 +128,7 @@ def actual(
     for r in rows: res.setdefault(sched.at(r['epoch']).phase, []).append(r)
     phases = [_phase_actual(sched, i, rs) for i,rs in sorted(res.items())]
     notes = [] if len(rows)==sched.n_epoch else [f'{len(rows)} of {sched.n_epoch} epochs are done']
-    return Plan('machine as it was', 1, price, _price_from(price), f'the run in {out}; communication between processes counts as compute', sched, phases, notes, 'Actual')
+    return Plan('machine as it was', 1, price, _price_from(price), f'the run in {out}; communication between processes counts as compute', sched, phases, f'{round(median(r["images"] for r in rows)):,} training pictures', notes, 'Actual')
 
 def _phase_actual(sched, i, rows):
     p,t = sched.phases[i],{k: sum(r[f'{k}_s'] for r in rows) for k in ('compute','data','eval','switch','other')}

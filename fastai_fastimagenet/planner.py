@@ -103,6 +103,7 @@ class Plan:
     rate_from:str
     schedule:Schedule
     phases:list # Of `PhasePlan`
+    task:str # Model and pictures, in words
     notes:tuple=() # What is to be known, in words
     word:str='Predicted' # Or 'Actual'
 
@@ -121,7 +122,7 @@ class Plan:
 
     def to_json(self)->str:
         "The plan as JSON"
-        d = dict(predicted=self.word=='Predicted', notes=self.notes, machine=self.machine, nodes=self.nodes, minutes=self.minutes, dollars=self.dollars, price=self.price, price_from=self.price_from, rate_from=self.rate_from,
+        d = dict(predicted=self.word=='Predicted', task=self.task, notes=self.notes, machine=self.machine, nodes=self.nodes, minutes=self.minutes, dollars=self.dollars, price=self.price, price_from=self.price_from, rate_from=self.rate_from,
                  shares={k: self.share(k) for k in parts}, phases=[{k: None if v!=v else v for k,v in {**asdict(p), 'seconds':p.seconds}.items()} for p in self.phases], schedule=json.loads(self.schedule.to_json()))
         return json.dumps(d, indent=1)
 
@@ -132,8 +133,8 @@ class Plan:
         for p in self.phases:
             rows.append((p.epochs, p.size, p.bs, p.steps, f'{p.images_s:,.0f}', f'{p.seconds/60:.2f}', self._usd(p.seconds), *(f'{getattr(p, k)/p.seconds:.0%}' for k in parts), f'{p.memory_gb:.1f}' if p.memory_gb==p.memory_gb else '-'))
         rows.append(('all', '', '', sum(p.steps for p in self.phases), '', f'{self.minutes:.2f}', self._usd(60*self.minutes), *(f'{self.share(k):.0%}' for k in parts), ''))
-        cost = f'about ${self.dollars:.2f} for {self.nodes} at ${self.price:g} per hour ({self.price_from}), start and end of the machines not included' if self.price is not None else f'price unknown: {self.price_from}'
-        lines = [f'{self.word}: {self.minutes:{".1f" if self.minutes>=10 else ".2f"}} minutes on {self.nodes} x {self.machine}, {cost}', '', text_table(head, rows, str.rjust), '',
+        cost = f'about ${self.dollars:.2f} for {self.nodes} at ${self.price:g} per hour ({self.price_from}), start and end of the machines not included' if self.price is not None else f'no price ({self.price_from})'
+        lines = [f'{self.word}: {self.minutes:{".1f" if self.minutes>=10 else ".2f"}} minutes on {self.nodes} x {self.machine}, {cost}', self.task, '', text_table(head, rows, str.rjust), '',
                  *dict.fromkeys(p.bottleneck for p in self.phases), f'Rates: {self.rate_from}', *self.notes, *self.schedule.notes]
         return '\n'.join(lines)
 
@@ -187,7 +188,7 @@ def plan(
         p,need,can = _phase_plan(schedule, i, m, nodes, n_train, n_valid)
         res.append(replace(p, bottleneck=_bottleneck(p, m, nodes, need, can, schedule.phases[i].data)))
     usd,source = (price,'given') if price is not None else (m.usd,m.usd_from)
-    return Plan(machine, nodes, usd, source, m.rate_from, schedule, res)
+    return Plan(machine, nodes, usd, source, m.rate_from, schedule, res, f'ResNet-50, {n_train:,} training and {n_valid:,} validation pictures')
 
 def check_batches(
     schedule:Schedule,

@@ -61,8 +61,8 @@ _photos = {'photos': [Phase(2, 64, 32, (.02,.1), min_scale=.35), Phase(3, lr=(.1
 class Recipes(dict):
     "Recipe name -> `Schedule`; an unknown name is answered with the nearest ones"
     def __missing__(self, name):
-        near = difflib.get_close_matches(str(name), self, n=3) or list(self)
-        raise KeyError(f'No recipe is called {name!r}. Nearest: {", ".join(near)}. All: {", ".join(self)}')
+        near = difflib.get_close_matches(str(name), self, n=3)
+        raise KeyError(f'No recipe is called {name!r}.{" Nearest: "*bool(near)}{", ".join(near)}{"."*bool(near)} All: {", ".join(self)}')
 
 recipes = Recipes({f'imagenet18_{k}': Schedule(v, world=8*int(k.split('_')[-1])) for k,v in _imagenet18.items()})
 recipes.update({k: Schedule(v) for k,v in {**_imagenette, **_photos}.items()})

@@ -7,7 +7,7 @@ __all__ = ['parts', 'describe_machine', 'load_run', 'time_to', 'summary', 'dawn_
            'report']
 
 # %% ../nbs/33_report.ipynb #16e197ae
-import html, io, json, platform, subprocess, sys, warnings
+import html, io, json, logging, platform, subprocess, sys, warnings
 from collections import Counter
 from datetime import date
 from types import SimpleNamespace
@@ -45,7 +45,11 @@ def _board(folder):
     "Averages of network use and the most memory, from event files"
     if not folder.exists(): return {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(folder), size_guidance=dict(scalars=0)).Reload()
+    events,log = EventAccumulator(str(folder), size_guidance=dict(scalars=0)),logging.getLogger('tensorboard')
+    level = log.level
+    log.setLevel(logging.ERROR) # It warns of steps that were made again after a resume; what was written first is left out
+    try: events.Reload()
+    finally: log.setLevel(level)
     tags = [t for t in events.Tags()['scalars'] if t.startswith(('net/','memory/'))]
     return {t: (max if t.startswith('memory/') else lambda o: sum(o)/len(o))([e.value for e in events.Scalars(t)]) for t in tags}
 

@@ -10,6 +10,7 @@ import json, shlex, sys, warnings
 from contextlib import nullcontext
 from datetime import datetime
 from fastcore.script import call_parse
+from filelock import FileLock, Timeout
 with warnings.catch_warnings():
     warnings.simplefilter('ignore') # fastai's and torch's own, at import
     from fastai.vision.all import *
@@ -146,6 +147,12 @@ def _restarted(out):
     if not out and int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)): raise ValueError('A run that `--max-restarts` may start again needs `--out`, to find its checkpoints')
     return any(gather(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))>0)) # Agents count their own
 
+def _lock(out):
+    "A context that ends, at the latest with this process, what keeps other runs out of folder `out`; None if another run is there"
+    try: return FileLock(out/'.lock').acquire(timeout=5) # Loader processes of a run that was killed need a moment to end
+    except Timeout: return None
+    except NotImplementedError: return nullcontext() # A file system without locks
+
 def _prepare(data, schedule, epochs, arch, target_top1, target_top5, init_bn0, label_smoothing, rect_train, seed, workers, exif, strict, precision, compress, out, checkpoint_minutes, going_on):
     stop = None if target_top1 is None and target_top5 is None else TimeToAccuracy(target_top1, target_top5)
     if data not in _default_schedule: image_folder(data)
@@ -167,6 +174,8 @@ def _prepare(data, schedule, epochs, arch, target_top1, target_top5, init_bn0, l
     if target_top5 is not None and learn.dls.c<=5: raise ValueError(f'With {learn.dls.c} classes top-5 says nothing: use `--target-top1`')
     check_model(learn, sched)
     out.mkdir(parents=True, exist_ok=True)
+    lock = nullcontext() if rank_distrib() else _lock(out)
+    if not all(gather(lock is not None)): raise ValueError(f'Another process trains into {out}: wait for its end, or give another `--out`')
     if not rank_distrib():
         (out/'settings.json').write_text(json.dumps(settings, indent=1))
         starts = json.loads((out/'machines.json').read_text()) if going_on and (out/'machines.json').exists() else []
@@ -175,11 +184,11 @@ def _prepare(data, schedule, epochs, arch, target_top1, target_top5, init_bn0, l
     arch = arch or default_arch(data)
     extras = [f'label smoothing {label_smoothing:g}']*bool(label_smoothing)+['training on rectangles']*rect_train
     _say_start(learn.dls, ', '.join([arch, *extras]), sched, out)
-    return partial(_run, learn, sched, stop, check, RectTraining() if rect_train else None, compress, arch, out)
+    return partial(_run, learn, sched, stop, check, RectTraining() if rect_train else None, compress, arch, out, lock)
 
-def _run(learn, sched, stop, check, rect, compress, arch, out):
+def _run(learn, sched, stop, check, rect, compress, arch, out, lock):
     log = EpochLog(out/'history.csv')
-    with learn.ddp(compress=compress), learn.no_logging(), nullcontext() if sys.stdout.isatty() else learn.no_bar(), warnings.catch_warnings():
+    with lock, learn.ddp(compress=compress), learn.no_logging(), nullcontext() if sys.stdout.isatty() else learn.no_bar(), warnings.catch_warnings():
         try: learn.fit_phases(sched, cbs=L(log, stop, check, rect, TensorBoard(out/'tensorboard'), LiveView(), AutoMicroBatch(), FiniteLoss()).filter())
         except (SystemExit,KeyboardInterrupt): # A signal
             say(f'Go on with the same command and --resume {shlex.quote(str(out))} in place of its options')

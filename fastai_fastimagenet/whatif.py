@@ -66,7 +66,7 @@ def _to_93(machine, nodes, price):
 def options(
     budget:float|None=None, # USD for the whole run
     deadline:float|None=None, # Minutes for the whole run
-    machines:list|None=None, # Names of profiles; all by default that are for rent
+    machines:list|None=None, # Names of profiles; by default all that can be rented today
     nodes=(1,2,4,8,16), # Numbers of machines
     prices:dict|None=None # Name -> USD per hour of one machine, in place of the profiles'
 )->list: # Of `Option`, best first
@@ -75,7 +75,7 @@ def options(
         if v is not None and not v>0: raise ValueError(f'`{k}` must be more than 0, got {v}')
     prices = prices or {}
     if not nodes or any(n<1 for n in nodes): raise ValueError(f'`nodes` must be numbers of machines, 1 or more, got {nodes}')
-    machines = machines or [k for k,m in profiles.items() if m.usd]
+    machines = machines or [k for k,m in profiles.items() if m.rent]
     found = [o for m in machines for n in nodes if (o := _to_93(m, n, prices.get(m)))]
     found = [o for o in found if o.plan.dollars is not None]
     good = [o for o in found if (budget is None or o.plan.dollars<=budget) and (deadline is None or o.plan.minutes<=deadline)]

@@ -80,6 +80,18 @@ def test_interrupt_ends_all(tmp_path):
     assert p.returncode==130 and err.splitlines()[-1].startswith('launch: stopped by SIGINT, all processes ended')
     assert len(workers)>=2 and not psutil.wait_procs(workers, 10)[1]
 
+@pytest.mark.skipif(sys.platform!='linux', reason='What the kernel does there')
+def test_processes_end_with_a_launcher_that_is_killed(tmp_path):
+    "Also where nothing can catch it; they get SIGTERM, so training saves its state"
+    p = start(*launcher, '--nproc', 2, script(tmp_path/'s.py', 'import time\nfrom fastai_fastimagenet.group import init_group\ninit_group()\nprint("here", flush=True)\ntime.sleep(600)'))
+    try:
+        assert p.stdout.readline()=='here\n'
+        workers = psutil.Process(p.pid).children(recursive=True)
+        p.kill()
+        left = psutil.wait_procs(workers, 20)[1]
+    finally: kill_all(p)
+    assert len(workers)>=2 and not left
+
 def test_two_machines_on_one(tmp_path):
     "Two launchers meet at a port; only machine 0 prints"
     with socket.socket() as s:

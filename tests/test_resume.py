@@ -10,7 +10,7 @@ from fastai.vision.all import Callback, DataLoaders, Learner, Path, PILImage, te
 from fastai_fastimagenet.all import *
 from fastai_fastimagenet import checkpoint
 from fastai_fastimagenet.state import checkpoints, read_checkpoint, write_checkpoint
-from procs import here, run
+from procs import here, kill_all, run, start
 
 @pytest.fixture(scope='session')
 def resumed(tmp_path_factory):
@@ -154,6 +154,27 @@ def test_script_restarted_by_torchrun(small_photos, tmp_path, world):
     assert 'holds no run to resume: it has no settings.json' in r.stderr
     r = run(*train, *args, '--out', tmp_path/'whole', ok=False)
     assert 'holds an earlier run' in r.stderr
+
+def test_a_folder_is_for_one_run_at_a_time(small_photos, tmp_path):
+    "A second process is refused and changes nothing; one that was killed is in nobody's way"
+    sched = Schedule([Phase(10_000, size=24, bs=20, lr=.01)])
+    sched.save(tmp_path/'s.json')
+    p = start(*train, '--data', small_photos, '--schedule', tmp_path/'s.json', '--arch', 'resnet_small', '--workers', '1', '--checkpoint-minutes', '1e-6', '--out', tmp_path/'o')
+    try:
+        while not p.stdout.readline().startswith('         0 '): assert p.poll() is None
+        settings = (tmp_path/'o/settings.json').stat().st_mtime_ns
+        assert f'Another process trains into {tmp_path}/o: wait for its end' in run(*train, '--resume', tmp_path/'o', ok=False).stderr
+        assert (tmp_path/'o/settings.json').stat().st_mtime_ns==settings and p.poll() is None
+        p.kill()
+    finally:
+        p.kill()
+        p.communicate()
+    q = start(*train, '--resume', tmp_path/'o')
+    try:
+        lines = [q.stdout.readline()]
+        while lines[-1] and not lines[-1].startswith('Resumed from'): lines.append(q.stdout.readline())
+    finally: kill_all(p, q)
+    assert lines[-1], q.stderr.read()
 
 def test_script_stopped_and_resumed(small_photos, tmp_path):
     "SIGTERM from outside, then --resume, which needs no other option"

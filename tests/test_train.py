@@ -116,7 +116,7 @@ def test_interrupt(tmp_path):
             break
     finally: p.kill()
     assert p.returncode==1 and err=='fastimagenet-train: interrupted\n'
-    assert {f.name for f in (tmp_path/'o').iterdir()}=={'history.csv','schedule.json','settings.json','machines.json','checkpoints','tensorboard','model.pth'}
+    assert {f.name for f in (tmp_path/'o').iterdir()}=={'.lock','history.csv','schedule.json','settings.json','machines.json','checkpoints','tensorboard','model.pth'}
 
 def test_odd_files(tmp_path):
     "Gray, CMYK, RGBA and one-channel pictures train; damaged ones are counted and listed"
