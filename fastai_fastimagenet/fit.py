@@ -6,6 +6,7 @@
 __all__ = ['check_model', 'phase_cbs']
 
 # %% ../nbs/30_fit.ipynb #edc57577
+from contextlib import contextmanager
 from .core import *
 from .sizing import *
 from .schedule import *
@@ -25,7 +26,7 @@ from .checkpoint import *
 from fastai.basics import *
 
 # %% ../nbs/30_fit.ipynb #e71391a8
-def _say(e): return next(iter(str(e).strip().splitlines()), type(e).__name__)
+def _first_line(e): return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 def check_model(
     learn:Learner,
@@ -47,19 +48,19 @@ def _forward(model, x, shape):
     try: return model(F.interpolate(x.float(), size=shape))
     except (RuntimeError,AssertionError,ValueError) as e:
         raise ValueError(f'The model cannot take {shape[0]}x{shape[1]} images, a size in the schedule: use `to_any_size(model)`, '
-                         f'or another size. It says: {_say(e)}') from None
+                         f'or another size. It says: {_first_line(e)}') from None
 
 # %% ../nbs/30_fit.ipynb #ec256a44
 def phase_cbs(
     schedule:Schedule,
-    min_scale:bool=True, # Does the data take a smallest crop?
-    data:bool=True # Can the data be exchanged for copies?
+    takes_min_scale:bool=True, # Have the loaders a RandomResizedCrop?
+    takes_data:bool=True # Can they load copies of the images?
 )->list: # Callbacks
     "The callbacks that carry out `schedule`"
     cbs = [PhaseLR(schedule), DynamicBatchSize(schedule.changes('bs'), scale_lr=False), BNWeightDecayExclusion(),
-           ProgressiveResize(schedule.changes('size'), schedule.changes('min_scale') if min_scale else None)]
+           ProgressiveResize(schedule.changes('size'), schedule.changes('min_scale') if takes_min_scale else None)]
     if any(schedule.changes('rect').values()): cbs.append(RectValidation(schedule.changes('rect')))
-    if data and any(schedule.changes('data').values()): cbs.append(PhaseData(schedule.changes('data')))
+    if takes_data and any(schedule.changes('data').values()): cbs.append(PhaseData(schedule.changes('data')))
     return cbs
 
 # %% ../nbs/30_fit.ipynb #86338b14
@@ -68,6 +69,15 @@ def _check_cbs(cbs):
     own = (PhaseLR,DynamicBatchSize,ProgressiveResize,RectValidation,PhaseData)
     twice = [type(c).__name__ for c in cbs if isinstance(c, own)]
     if twice: raise ValueError(f'{", ".join(twice)}: the schedule brings its own. Remove it, or say it in the schedule')
+
+@contextmanager
+def _bound_to(cbs, schedule):
+    "Each `Checkpoint` of `cbs` resumes from fits of `schedule` only"
+    metas = [(c,c.meta) for c in cbs if isinstance(c, Checkpoint)]
+    for c,meta in metas: c.meta = {'schedule':schedule.to_json(), **meta}
+    try: yield
+    finally:
+        for c,meta in metas: c.meta = meta
 
 # %% ../nbs/30_fit.ipynb #4237eb76
 @patch
@@ -85,16 +95,13 @@ def fit_phases(self:Learner,
     given,schedule = schedule,schedule.for_world(num_distrib() or 1)
     if schedule is not given: say(schedule.notes[-1])
     _check_cbs(list(self.cbs)+list(L(cbs)))
-    has_min_scale = any(hasattr(f, 'min_scale') for f in sizers(self.dls.train))
-    if not has_min_scale and len(schedule.changes('min_scale'))>1: warn('No RandomResizedCrop in the DataLoaders: min_scale is ignored')
+    takes_min_scale = any(hasattr(f, 'min_scale') for f in sizers(self.dls.train))
+    if not takes_min_scale and len(schedule.changes('min_scale'))>1: warn('No RandomResizedCrop in the DataLoaders: min_scale is ignored')
     takes_data = isinstance(dl_layers(self.dls.train)[-1], ImageDL)
     if not takes_data and any(schedule.changes('data').values()):
         warn(f'All phases train on `learn.dls`; the schedule names {schedule.changes("data")}, for which the loaders must come from `imagenet_dls`')
-    cbs = L(cbs)
-    if resume: cbs.append(Checkpoint(resume, resume=True))
-    for c in cbs:
-        if isinstance(c, Checkpoint): c.meta = {'schedule':given.to_json(), **c.meta}
-    with self.ddp(**ddp):
+    cbs = [*L(cbs), *([Checkpoint(resume, resume=True)] if resume else [])]
+    with self.ddp(**ddp), _bound_to([*self.cbs, *cbs], given):
         check_model(self, schedule)
-        self.fit(schedule.n_epoch, wd=wd, cbs=phase_cbs(schedule, has_min_scale, takes_data)+list(cbs), reset_opt=reset_opt, start_epoch=start_epoch)
+        self.fit(schedule.n_epoch, wd=wd, cbs=[*phase_cbs(schedule, takes_min_scale, takes_data), *cbs], reset_opt=reset_opt, start_epoch=start_epoch)
     return schedule

@@ -20,7 +20,7 @@ from fastai.callback.core import *
 # %% ../nbs/31_fixres.ipynb #c34eab69
 def hold_out(
     dls, # Of `imagenet_dls`; its training set becomes smaller
-    share:float=.05, # Of each class
+    share:float=.05, # Of each class, at least one image, but never the only one
     seed:int=0 # Another seed, other pictures
 )->ImageDL: # Loader of the pictures held out, which evaluates as `dls.valid` does
     "Take pictures out of the training set of `dls`, for choices that must not be made on the validation set; `ValueError` if too few are left"
@@ -29,7 +29,7 @@ def hold_out(
     if not 0<share<1: raise ValueError(f'`share` must be between 0 and 1, got {share!r}')
     pics,rng = dl.dataset.items,np.random.default_rng(seed)
     of_class = [rng.permutation(np.flatnonzero(pics.labels==c)) for c in np.unique(pics.labels)]
-    held = np.sort(np.concatenate([o[:max(1, round(share*len(o)))] for o in of_class]))
+    held = np.sort(np.concatenate([o[:min(len(o)-1, max(1, round(share*len(o))))] for o in of_class]))
     kept = np.setdiff1d(np.arange(len(pics)), held)
     if len(kept)<dl.bs: raise ValueError(f'{len(kept)} training pictures would be left, fewer than a batch of {dl.bs}: hold out a smaller share')
     def part(which, split): return dataset(Pictures(pics.index, pics.rows[which], pics.labels[which], pics.source.exif), dls.vocab, split)

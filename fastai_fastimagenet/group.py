@@ -165,7 +165,7 @@ def check_same(
         return [str(r) for r,v in enumerate(vs) if v!=common],common
     rs,common = odd([o[0] for o in ranks])
     if rs: raise ValueError(f'Rank {", ".join(rs)} is {ranks[int(rs[0])][0]}, the others are {common}. All processes must call the same methods')
-    for k in values:
+    for k in dict.fromkeys(k for _,vs in ranks for k in vs): # The same on all: each raises, or none
         vs = [o[1].get(k) for o in ranks]
         rs,common = odd(vs)
         if rs:

@@ -7,7 +7,7 @@ warnings.simplefilter('ignore')
 from fastai.vision.all import *
 from fastai.callback.training import GradientAccumulation
 from fastai_fastimagenet.all import *
-from fastai_fastimagenet.group import check_state, gather
+from fastai_fastimagenet.group import check_same, check_state, gather
 from fastai_fastimagenet.rank_dl import RankDL
 
 rank,world,out = rank_distrib(),num_distrib() or 1,Path(sys.argv[2])
@@ -200,7 +200,7 @@ def refused():
     with learn.no_bar(), learn.no_logging():
         for f in (lambda: learn.lr_find(num_it=10, show_plot=False), lambda: learn.fit(1, cbs=DynamicBatchSize({0:40})),
                   lambda: learn.fit_phases(Schedule([Phase(1, size=32, bs=4, lr=.1)]), compress='fp16'),
-                  lambda: learn.get_preds(save_preds=out), unequal, lambda: learn.get_preds() if rank else learn.fit(1)):
+                  lambda: learn.get_preds(save_preds=out), lambda: check_same({'the extra': 1} if rank else {}), unequal, lambda: learn.get_preds() if rank else learn.fit(1)):
             try:
                 with learn.ddp(timeout=1): f()
             except ValueError as e: said.append(str(e).strip())

@@ -2,6 +2,7 @@
 import http.server, json, os, subprocess, sys, threading
 from functools import partial
 import pandas as pd, pytest, torch
+from fastcore.foundation import L
 import math, signal, time
 import numpy as np
 from torch import nn
@@ -72,6 +73,22 @@ def test_damaged_and_foreign(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count('Not used')==3 and said.count('it is damaged')==2 and 'no checkpoint of this version' in said
     assert f'Resumed from {files[0]}' in said and check.file.name=='0001-000000032.pt' and read_checkpoint(check.file)['done']==32
+
+def test_bound_to_its_table(small_photos, tmp_path):
+    "A `Checkpoint`, of the fit or of the learner, goes on with the table that it was made for, and the caller's list stays as it was"
+    a,b = (Schedule([Phase(1, size=24, bs=40, lr=lr)]) for lr in (.01,.02))
+    for own in (False,True):
+        check,model = Checkpoint(tmp_path/f'{own}'),nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 20))
+        learn,mine = Learner(imagenet_dls(small_photos, 24, 40, workers=0), model, cbs=check if own else None),[] if own else [check]
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_phases(a, cbs=mine)
+            check.resume = True
+            with pytest.raises(ValueError, match='another table'): learn.fit_phases(b, cbs=mine)
+            learn.fit_phases(a, cbs=mine, resume=None)
+            assert check.meta=={} and mine==([] if own else [check])
+            learn = Learner(learn.dls, model)
+            with learn.no_bar(): learn.fit_phases(a, cbs=(mine := L()), resume=tmp_path/f'{own}')
+            assert mine==[]
 
 def test_only_plain_values(tmp_path):
     "A pickle that runs code is refused, not run"
