@@ -6,11 +6,12 @@
 __all__ = ['check_arch', 'get_model', 'default_arch', 'get_learner']
 
 # %% ../nbs/39_learner.ipynb #a1ad2266
-import difflib, warnings
+import warnings
 import torchvision
 with warnings.catch_warnings():
     warnings.simplefilter('ignore') # fastai's and torch's own, at import
     from fastai.vision.all import *
+from .phase import nearest
 from .photos import photos
 from .schedule import *
 from .models import *
@@ -25,8 +26,7 @@ def check_arch(
     "`ValueError` with the nearest names if there is no such model"
     names = ['resnet_small', *torchvision.models.list_models(torchvision.models)]
     if arch in names: return
-    near = difflib.get_close_matches(arch, names) or ['resnet_small','resnet50']
-    raise ValueError(f'No model is called {arch!r}. Nearest: {", ".join(near)}; any convolutional classifier of torchvision.models can be named')
+    raise ValueError(f'No model is called {arch!r}.{nearest(arch, names)} Take resnet_small, or any convolutional classifier of torchvision.models, e.g. resnet50')
 
 def get_model(
     arch:str, # 'resnet_small' or the name of a torchvision model

@@ -6,10 +6,11 @@
 __all__ = ['profiles', 'Profile']
 
 # %% ../nbs/04_machines.ipynb #be459a1c
-import csv, difflib
+import csv
 from dataclasses import dataclass, fields
 from pathlib import Path
 import fastai_fastimagenet
+from .phase import nearest
 
 # %% ../nbs/04_machines.ipynb #6816d7ce
 @dataclass(frozen=True)
@@ -34,13 +35,14 @@ class Profile:
     rect_s:float # Seconds lost at the first rectangles
     rate_from:str # Where `images_s` to `rect_s` are from
 
-def _row(r): return Profile(**{f.name: f.type(r[f.name]) for f in fields(Profile)}) # A field that is missing or no number ends the import
+def _value(f, text): return bool(int(text)) if f.type is bool else f.type(text)
+def _row(r): return Profile(**{f.name: _value(f, r[f.name]) for f in fields(Profile)}) # A field that is missing or no number ends the import
 
 class _Profiles(dict):
     "Machine name -> `Profile`; an unknown name is answered with the nearest ones"
     def __missing__(self, name):
-        near = difflib.get_close_matches(str(name), self, n=3, cutoff=.4) or [k for k,m in self.items() if m.gpu.lower()==str(name).lower()]
-        raise KeyError(f'There is no profile of a machine {name!r}.{" Nearest: "*bool(near)}{", ".join(near)}{"."*bool(near)} All: {", ".join(self)}')
+        same_gpu = ', '.join(k for k,m in self.items() if m.gpu.lower()==str(name).lower())
+        raise KeyError(f'There is no profile of a machine {name!r}.{f" With that GPU: {same_gpu}." if same_gpu else nearest(name, self, .4)} All: {", ".join(self)}')
 
 def _read(file):
     with open(file, newline='') as f: return _Profiles({r['name']: _row(r) for r in csv.DictReader(f)})

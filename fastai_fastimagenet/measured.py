@@ -115,7 +115,7 @@ def plan_measured(
     notes = [f'Not measured but reckoned from other sizes and batches: {", ".join(new)}'] if new else []
     return Plan('machine as measured', 1, price, _price_from(price), measured.source, schedule, res, f'{n_train:,} training pictures', notes)
 
-def _price_from(price): return 'given' if price is not None else 'give `price`, USD per hour'
+def _price_from(price): return 'given' if price is not None else 'none was given'
 
 # %% ../nbs/32_measured.ipynb #63f524b6
 def actual(

@@ -52,9 +52,11 @@ def _price(a):
         except ValueError: raise ValueError(f'`--price` must be dollars per hour, "now" or "spot", got {a.price!r}') from None
     from fastai_fastimagenet.cluster.market import offers
     from fastai_fastimagenet.cluster.order import aws_session
+    from fastai_fastimagenet.cluster.cloud import aws_errors
     s = aws_session(a.region)
-    best = offers(s, a.machine, s.region_name, a.price=='spot')[0]
-    if best.price is None: raise ValueError(f'{best}: give a price')
+    try: best = offers(s, a.machine, s.region_name, a.price=='spot')[0]
+    except aws_errors() as e: raise ValueError(f'AWS did not say its price: {e}. Set up credentials (aws configure), or give --price a number') from None
+    if best.price is None: raise ValueError(f'{best}: give --price a number')
     print(f'Price: {best}', file=sys.stderr)
     return best.price
 
@@ -70,6 +72,7 @@ def _check_together(a):
                          (goal and here,here,'--budget and --deadline are for machines of the profiles'), (goal and a.actual,'--actual','--budget and --deadline are for ImageNet'),
                          (a.out and a.measure,'--measure','--from has the rates'), (here and a.machine,'--machine',its), (here and a.nodes,'--nodes',its),
                          (a.price in ('now','spot') and not a.machine or goal and a.price and not a.machine,'--price','it is the price of one --machine, which must be given'),
+                         (a.region and a.price not in ('now','spot'),'--region','it is for --price now and --price spot'),
                          (a.arch and not a.measure,'--arch','it is the model of --measure; profiles are of ResNet-50'),
                          (a.actual and a.nodes and not a.machine,'--nodes','they are of a --machine'), (a.actual and a.schedule,'--schedule','--actual has that of the run'), (a.actual and a.images is not None,'--images','--actual has those of the run')):
         if no: raise ValueError(f'Leave out `{with_}`: {why}')

@@ -75,8 +75,7 @@ class Schedule:
         drop_last:bool=True # Is the incomplete last batch left out, as in training? That of 2018 took it
     )->int: # Optimizer steps
         "Steps in the epoch at `epoch`"
-        row = self.at(epoch)
-        return n_images//row.global_bs if drop_last else math.ceil(math.ceil(n_images/self.world)/row.bs)
+        return n_images//self.at(epoch).global_bs if drop_last else math.ceil(math.ceil(n_images/self.world)/self.at(epoch).bs)
 
     def steps(self,
         n_images:int # Training images
@@ -120,8 +119,7 @@ def plot(self:Schedule,
     fig,axs = plt.subplots(4, 1, figsize=figsize, sharex=True)
     _steps_line(self, axs[0], 'size', 'image side\n(pixels)', 'C0')
     _steps_line(self, axs[1], 'global_bs', 'images\nper step', 'C1')
-    for i,(s,p) in enumerate(zip(self.starts, self.phases)):
-        axs[2].plot([s, s+p.n_epoch], ends(p.lr), color='C3')
+    for s,p in zip(self.starts, self.phases): axs[2].plot([s, s+p.n_epoch], ends(p.lr), color='C3')
     axs[2].set(ylabel='learning\nrate', ylim=(0, None))
     es = range(self.n_epoch+1)
     axs[3].plot(es, [e*n_images/1e6 for e in es], color='C2')
@@ -129,8 +127,9 @@ def plot(self:Schedule,
     ax = axs[3].twinx()
     ax.plot(es, [sum(self.batches(e, n_images) for e in range(n))/1000 for n in es], color='C4', ls='--')
     ax.set(ylabel='steps\n(thousand, dashed)', ylim=(0,None))
-    for e in self.changes('rect'):
-        if self.at(e).rect: axs[0].axvspan(e, self.n_epoch, color='gray', alpha=.15, label='rectangular validation')
+    rect = self.changes('rect')
+    for e,end in zip(rect, [*list(rect)[1:], self.n_epoch]):
+        if rect[e]: axs[0].axvspan(e, end, color='gray', alpha=.15, label='_'*len(axs[0].patches)+'rectangular validation') # One in the legend
     if axs[0].patches: axs[0].legend(loc='upper left', fontsize=8)
     fig.suptitle(f'{self.n_epoch} epochs of {n_images:,} images on {self.world} process{"es"*(self.world>1)}: {self.steps(n_images):,} steps')
     fig.tight_layout()
@@ -145,8 +144,8 @@ def scale_to(self:Schedule,
 )->Schedule:
     "This table with all batches, and the learning rate with them, multiplied by new/old global batch"
     world = self.world if world is None else world
-    ok = is_int(global_bs) and is_int(world) and world>=1 and global_bs>=world
-    if not ok: raise ValueError(f'`global_bs` must be a whole number, at least 1 per process; got {global_bs!r} on {world!r}')
+    if not (is_int(world) and world>=1): raise ValueError(f'`world` must be a number of processes, 1 or more, got {world!r}')
+    if not (is_int(global_bs) and global_bs>=world): raise ValueError(f'`global_bs` must be a whole number, at least 1 for each of {world} processes, got {global_bs!r}')
     first = self.phases[0].bs*self.world
     k,phases = global_bs/first,[]
     for p in self.phases:
@@ -223,13 +222,14 @@ def from_json(cls:Schedule,
     try: d = json.loads(text)
     except json.JSONDecodeError as e: raise ValueError(f'This is not JSON: {e}') from None
     if isinstance(d, list): return cls.from_original(d, world)
-    if not isinstance(d, dict) or not isinstance(d.get('phases'), list):
+    ps = d.get('phases') if isinstance(d, dict) else None
+    if not (isinstance(ps, list) and all(isinstance(p, dict) for p in ps)):
         raise ValueError(f"A schedule in JSON is {{'world': processes, 'phases': [{{'n_epoch':.., 'size':.., ..}}, ..]}} or a list of phases of the 2018 code; got {text[:60]!r}")
-    if not all(isinstance(p, dict) for p in d['phases']): raise ValueError(f"'phases' must be a list of dicts, got {d['phases']!r}")
-    if d.keys()-{'world','notes','phases'}: raise ValueError(f"Unknown keys {sorted(d)}; expected 'world', 'phases' and 'notes'")
-    unknown = {k for p in d['phases'] for k in p} - set(Phase.__dataclass_fields__)
+    if other := d.keys()-{'world','notes','phases'}: raise ValueError(f"Unknown keys {sorted(other)}; expected 'world', 'phases' and 'notes'")
+    if not isinstance(d.get('notes') or [], list): raise ValueError(f"'notes' must be a list of texts, got {d['notes']!r}")
+    unknown = {k for p in ps for k in p} - set(Phase.__dataclass_fields__)
     if unknown: raise ValueError(f'Unknown keys {sorted(unknown)}; a phase has {list(Phase.__dataclass_fields__)}')
-    phases = [Phase(**{'n_epoch':None, **p, 'lr':tuple(p['lr']) if isinstance(p.get('lr'), list) else p.get('lr')}) for p in d['phases']]
+    phases = [Phase(**{'n_epoch':None, **p, 'lr':tuple(p['lr']) if isinstance(p.get('lr'), list) else p.get('lr')}) for p in ps]
     return Schedule(phases, d.get('world', 1), map(str, d.get('notes') or ()))
 
 @patch
@@ -238,7 +238,7 @@ def save(self:Schedule,
 )->Path: # The same
     "Write `to_json` to `path`"
     Path(path).expanduser().write_text(self.to_json())
-    return Path(path)
+    return Path(path).expanduser()
 
 @patch(cls_method=True)
 def load(cls:Schedule,

@@ -7,7 +7,7 @@ __all__ = ['epochs_to_93', 'Scaling', 'scaling', 'first_epochs', 'Option', 'opti
 
 # %% ../nbs/34_whatif.ipynb #09f2e4ed
 from dataclasses import dataclass, replace
-from .phase import text_table
+from .phase import is_int, text_table
 from .schedule import *
 from .recipes import *
 from .machines import *
@@ -67,22 +67,24 @@ def options(
     budget:float|None=None, # USD for the whole run
     deadline:float|None=None, # Minutes for the whole run
     machines:list|None=None, # Names of profiles; by default all that can be rented today
-    nodes=(1,2,4,8,16), # Numbers of machines
+    nodes=(1,2,4,8,16), # Numbers of machines, or one number
     prices:dict|None=None # Name -> USD per hour of one machine, in place of the profiles'
 )->list: # Of `Option`, best first
     "Ways to 93 % top-5 on ImageNet: the cheapest within `deadline`, the fastest within `budget`; cheapest first if both or none are given. `ValueError` if there is none"
     for k,v in dict(budget=budget, deadline=deadline).items():
         if v is not None and not v>0: raise ValueError(f'`{k}` must be more than 0, got {v}')
-    prices = prices or {}
-    if not nodes or any(n<1 for n in nodes): raise ValueError(f'`nodes` must be numbers of machines, 1 or more, got {nodes}')
+    if isinstance(machines, str): raise ValueError(f'`machines` must be a list of names, e.g. [{machines!r}], got {machines!r}')
+    prices,nodes = prices or {}, nodes if isinstance(nodes, (list,tuple,range)) else [nodes]
     machines = machines or [k for k,m in profiles.items() if m.rent]
+    if not nodes or not all(is_int(n) and n>=1 for n in nodes): raise ValueError(f'`nodes` must be numbers of machines, 1 or more, got {nodes}')
     found = [o for m in machines for n in nodes if (o := _to_93(m, n, prices.get(m)))]
     found = [o for o in found if o.plan.dollars is not None]
     good = [o for o in found if (budget is None or o.plan.dollars<=budget) and (deadline is None or o.plan.minutes<=deadline)]
     if not found: raise ValueError('No table of 2018 fits: it needs more GPUs than any was made for, more memory than there is, or a price is missing')
     if not good:
         fast,cheap = min(found, key=lambda o: o.plan.minutes),min(found, key=lambda o: o.plan.dollars)
-        raise ValueError(f'No machine of the profiles does it. The fastest: {_line(fast)}. The cheapest: {_line(cheap)}')
+        limits = [text.format(v) for text,v in (('for ${:g} or less',budget), ('in {:g} minutes or less',deadline)) if v is not None]
+        raise ValueError(f'None of these machines reach 93 % top-5 {" and ".join(limits)}. The fastest: {_line(fast)}. The cheapest: {_line(cheap)}')
     return sorted(good, key=lambda o: (o.plan.minutes,o.plan.dollars) if deadline is None and budget is not None else (o.plan.dollars,o.plan.minutes))
 
 def _line(o): return f'{o.plan.nodes} x {o.plan.machine} with {o.recipe}, {o.plan.minutes:.1f} minutes, ${o.plan.dollars:.2f}'

@@ -40,18 +40,29 @@ def test_command():
     (['--schedule','imagenet18_1','--from','no/such/run'], 'holds no run'),
     (['--from','x','--schedule','imagenet18_1','--nodes','2'], 'Leave out `--nodes`'), (['--from','x','--schedule','imagenet18_1','--machine','p5.48xlarge'], 'Leave out `--machine`'),
     (['--deadline','30','--schedule','imagenet18_1'], 'Leave out `--schedule`'), (['--deadline','30','--from','x'], 'Leave out `--from`'), (['--deadline','30','--nodes','0'], '`nodes` must be'),
-    (['--deadline','30','--nodes','200'], 'No table of 2018 fits'), (['--schedule','imagenet18_1','--machine','a100'], 'Nearest: p4d.24xlarge, p4de.24xlarge'),
+    (['--deadline','30','--nodes','200'], 'No table of 2018 fits'), (['--schedule','imagenet18_1','--machine','a100'], 'With that GPU: p4d.24xlarge, p4de.24xlarge.'),
     (['--schedule','imagenet18_1','--machine','p5.48xlarge','--images','0'], 'There must be training pictures'),
     (['--schedule','imagenet18_16','--machine','p5.48xlarge','--images','500'], 'is larger than the training set of 500'),
     (['--from','x','--measure','photos'], 'Leave out `--measure`'), (['--measure','photos','--machine','p5.48xlarge'], 'Leave out `--machine`'), (['--deadline','9','--measure','x'], 'Leave out `--measure`'),
     (['--schedule','imagenet18_1','--machine','p5.48xlarge','--arch','resnet18'], 'Leave out `--arch`'), (['--actual','x','--schedule','photos'], 'Leave out `--schedule`'), (['--actual','no/such/run'], 'holds no run'),
     (['--schedule','photos','--measure','no/such/folder'], 'no/such/folder'),
     (['--deadline','30','--price','2'], 'Leave out `--price`'), (['--from','x','--schedule','imagenet18_1','--price','now'], 'Leave out `--price`'),
+    (['--schedule','imagenet18_1','--machine','g5.xlarge','--region','us-east-1'], 'Leave out `--region`'), (['--deadline','.01'], 'in 0.01 minutes or less'),
     (['--budget','-1'], '`budget` must be more than 0'), (['--deadline','.01'], 'The fastest: '),
 ])
 def test_bad_input(args, says):
     with pytest.raises(SystemExit) as e: main(args)
     assert str(e.value.code).startswith('fastimagenet-plan: ') and says in e.value.code
+
+def test_price_now_without_credentials(monkeypatch, tmp_path):
+    for k in ('AWS_ACCESS_KEY_ID','AWS_SECRET_ACCESS_KEY','AWS_PROFILE'): monkeypatch.delenv(k, raising=False)
+    for k,v in dict(HOME=str(tmp_path), AWS_EC2_METADATA_DISABLED='true').items(): monkeypatch.setenv(k, v)
+    with pytest.raises(SystemExit, match='AWS did not say its price: .*Set up credentials'): main('--schedule imagenet18_1 --machine g5.xlarge --price now --region us-east-1'.split())
+
+def test_wrong_kinds_of_arguments():
+    with pytest.raises(ValueError, match="must be a list of names, e.g. \\['p5.48xlarge'\\]"): options(machines='p5.48xlarge')
+    with pytest.raises(ValueError, match='`nodes` must be numbers'): options(nodes=True)
+    assert {o.plan.nodes for o in options(nodes=2)}=={2} and not any(o.plan.machine.startswith('p3') for o in options())
 
 def test_too_large_for_memory(tmp_path):
     file = tmp_path/'big.json'
