@@ -9,6 +9,7 @@ __all__ = ['get_schedule', 'odd_files', 'prepare', 'train', 'main']
 import json, shlex, sys, warnings
 from contextlib import nullcontext
 from datetime import datetime
+from types import SimpleNamespace
 from fastcore.script import call_parse
 from filelock import FileLock, Timeout
 with warnings.catch_warnings():
@@ -73,16 +74,19 @@ def _save_list(file, files):
     if files: file.write_text(''.join(f'{_printable(f)}\t{_printable(why)}\n' for f,why in files), encoding='utf-8')
     else: file.unlink(missing_ok=True)
 
+def _list_files(dls, out):
+    "Say which files are left out or load slowly, and write their names"
+    if dls.skipped:
+        f,e = map(_printable, dls.skipped[0])
+        print(f'{len(dls.skipped)} files left out because they cannot be decoded, listed in skipped.txt: {f} ({e}), ...')
+    odd = [o for ds in (dls.train_ds,dls.valid_ds) for o in odd_files(ds.items)]
+    if odd: print(f'{len(odd)} files load slowly or may look turned, listed in odd.txt', flush=True)
+    for name,files in (('skipped.txt',dls.skipped), ('odd.txt',odd)): _save_list(out/name, files)
+
 def _say_start(dls, what, sched, out):
     if more := _more_gpus(torch.cuda.device_count(), sys.argv[1:]): say(more)
     say(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} validation pictures of {dls.c} classes, {what}, into {out}')
-    if dls.skipped:
-        f,e = map(_printable, dls.skipped[0])
-        say(f'{len(dls.skipped)} files left out because they cannot be decoded, listed in skipped.txt: {f} ({e}), ...')
-    if not rank_distrib():
-        odd = [o for ds in (dls.train_ds,dls.valid_ds) for o in odd_files(ds.items)]
-        if odd: say(f'{len(odd)} files load slowly or may look turned, listed in odd.txt')
-        for name,files in (('skipped.txt',dls.skipped), ('odd.txt',odd)): _save_list(out/name, files)
+    if not rank_distrib(): _list_files(dls, out)
     say(sched)
 
 def _compare(learn, size):
@@ -97,6 +101,7 @@ def _finish(learn, sched, rows, stop, out):
     if sched.at(last['epoch']).rect:
         res['centre_top1'],res['rect_top1'] = _compare(learn, last['size'])
         say(f'Same model, {last["size"]} px: centre crop top-1 {res["centre_top1"]:.4f}, rectangles {res["rect_top1"]:.4f}')
+    say(f'More: fastimagenet-report {shlex.quote(str(out))}, or tensorboard --logdir {shlex.quote(str(out))}')
     line = f'final top-1 {last["top1"]:.4f}, top-5 {last["top5"]:.4f} after {len(rows)} epochs, {last["minutes"]:.2f} min'
     if stop:
         res.update(targets=stop.targets, target_epochs=stop.n_epochs, target_minutes=stop.minutes)
@@ -130,7 +135,7 @@ def prepare(
     "Everything before the first step of `train`; `ValueError` or `OSError` says what is wrong with the input"
     given = {k: v for k,v in locals().items() if k!='resume'}
     init_group()
-    return _prepare(**_settings(Path(resume), given), going_on=True) if resume else _prepare(**given, going_on=_restarted(out))
+    return _prepare(SimpleNamespace(**(_settings(Path(resume), given) if resume else given)), bool(resume) or _restarted(out))
 
 def _settings(folder, given):
     "Those of the run in `folder`"
@@ -153,38 +158,46 @@ def _lock(out):
     except Timeout: return None
     except NotImplementedError: return nullcontext() # A file system without locks
 
-def _prepare(data, schedule, epochs, arch, target_top1, target_top5, init_bn0, label_smoothing, rect_train, seed, workers, exif, strict, precision, compress, out, checkpoint_minutes, going_on):
-    stop = None if target_top1 is None and target_top5 is None else TimeToAccuracy(target_top1, target_top5)
-    if data not in _default_schedule: image_folder(data)
-    table = get_schedule(schedule or _default_schedule.get(data), epochs)
-    sched = table.for_world(num_distrib() or 1)
-    if workers is not None and workers<0: raise ValueError(f'`workers` must be 0 or more, got {workers}')
-    if arch: check_arch(arch)
-    if not 0<=label_smoothing<1: raise ValueError(f'`label_smoothing` must be from 0 to below 1, got {label_smoothing}')
-    precision = check_precision(precision)
-    settings = dict(data=str(data if data in _default_schedule else image_folder(data).resolve()), schedule=table.to_json(), epochs=None, arch=arch,
-                    target_top1=target_top1, target_top5=target_top5, init_bn0=init_bn0, label_smoothing=label_smoothing, rect_train=rect_train, seed=seed, workers=workers, exif=exif, strict=strict, precision=precision,
-                    compress=compress, checkpoint_minutes=checkpoint_minutes)
-    DDPTrainer(compress) # Says what is wrong with it
-    out = Path(gather(out or f'runs/{Path(data).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}')[0])
+def _check(a):
+    if a.workers is not None and a.workers<0: raise ValueError(f'`workers` must be 0 or more, got {a.workers}')
+    if a.arch: check_arch(a.arch)
+    if not 0<=a.label_smoothing<1: raise ValueError(f'`label_smoothing` must be from 0 to below 1, got {a.label_smoothing}')
+    check_precision(a.precision)
+    DDPTrainer(a.compress)
+
+def _folder(a, going_on):
+    "That of the run, and whether it holds checkpoints; the same on all ranks"
+    out = Path(gather(a.out or f'runs/{Path(a.data).name}-{datetime.now():%Y%m%d-%H%M%S}')[0])
     saved = any(gather(bool(checkpoints(out/'checkpoints'))))
     if not going_on and (saved or (out/'history.csv').exists()): raise ValueError(f'{out} holds an earlier run. Go on with it by `--resume {out}`, or give another `--out`')
-    check = Checkpoint(out/'checkpoints', checkpoint_minutes, resume=going_on and saved, meta=dict(schedule=settings['schedule']))
-    learn = get_learner(data, sched, arch, precision, seed, workers, exif, strict, init_bn0, label_smoothing)
-    if target_top5 is not None and learn.dls.c<=5: raise ValueError(f'With {learn.dls.c} classes top-5 says nothing: use `--target-top1`')
+    return out,saved
+
+def _write_settings(a, sched, out, going_on):
+    (out/'settings.json').write_text(json.dumps({k: v for k,v in vars(a).items() if k!='out'}, indent=1))
+    starts = json.loads((out/'machines.json').read_text()) if going_on and (out/'machines.json').exists() else []
+    (out/'machines.json').write_text(json.dumps([*starts, describe_machine()], indent=1))
+    sched.save(out/'schedule.json')
+
+def _prepare(a, going_on):
+    stop = None if a.target_top1 is None and a.target_top5 is None else TimeToAccuracy(a.target_top1, a.target_top5)
+    if a.data not in _default_schedule: a.data = str(image_folder(a.data))
+    _check(a)
+    table = get_schedule(a.schedule or _default_schedule.get(a.data), a.epochs)
+    a.schedule,a.epochs,a.precision = table.to_json(),None,check_precision(a.precision) # As the file keeps them
+    sched = table.for_world(num_distrib() or 1)
+    out,saved = _folder(a, going_on)
+    check = Checkpoint(out/'checkpoints', a.checkpoint_minutes, resume=going_on and saved, meta=dict(schedule=a.schedule))
+    learn = get_learner(a.data, sched, a.arch, a.precision, a.seed, a.workers, a.exif, a.strict, a.init_bn0, a.label_smoothing)
+    if a.target_top5 is not None and learn.dls.c<=5: raise ValueError(f'With {learn.dls.c} classes top-5 says nothing: use `--target-top1`')
     check_model(learn, sched)
     out.mkdir(parents=True, exist_ok=True)
     lock = nullcontext() if rank_distrib() else _lock(out)
     if not all(gather(lock is not None)): raise ValueError(f'Another process trains into {out}: wait for its end, or give another `--out`')
-    if not rank_distrib():
-        (out/'settings.json').write_text(json.dumps(settings, indent=1))
-        starts = json.loads((out/'machines.json').read_text()) if going_on and (out/'machines.json').exists() else []
-        (out/'machines.json').write_text(json.dumps([*starts, describe_machine()], indent=1))
-        sched.save(out/'schedule.json')
-    arch = arch or default_arch(data)
-    extras = [f'label smoothing {label_smoothing:g}']*bool(label_smoothing)+['training on rectangles']*rect_train
+    if not rank_distrib(): _write_settings(a, sched, out, going_on)
+    arch = a.arch or default_arch(a.data)
+    extras = [f'label smoothing {a.label_smoothing:g}']*bool(a.label_smoothing)+['training on rectangles']*a.rect_train
     _say_start(learn.dls, ', '.join([arch, *extras]), sched, out)
-    return partial(_run, learn, sched, stop, check, RectTraining() if rect_train else None, compress, arch, out, lock)
+    return partial(_run, learn, sched, stop, check, RectTraining() if a.rect_train else None, a.compress, arch, out, lock)
 
 def _run(learn, sched, stop, check, rect, compress, arch, out, lock):
     log = EpochLog(out/'history.csv')

@@ -20,7 +20,7 @@ extensions = ['myst_parser']
 html_theme,html_title = 'furo','fastai_fastimagenet'
 myst_heading_anchors,myst_enable_extensions = 3,['html_image']
 suppress_warnings = ['misc.highlighting_failure','myst.header']
-html_show_sphinx,html_copy_source = False,False
+html_show_sphinx,html_copy_source,html_use_index = False,False,False
 html_static_path,html_css_files = ['.'],['site.css']
 '''
 css = 'table.dataframe, .content table { font-size: .85em; } .api { border-left: 3px solid var(--color-brand-primary); padding-left: 1em; }'
@@ -66,6 +66,7 @@ def page(f):
             c.outputs = [o for o in c.outputs if o.get('name')!='stderr']
             if not c.source.strip() and not c.outputs: continue
         cells.append(c)
+    if target: cells.insert(1, nbformat.v4.new_markdown_cell(f'Module `fastai_fastimagenet.{target[1]}`'))
     nb.cells = cells
     text,res = MarkdownExporter().from_notebook_node(nb, dict(output_files_dir=f'{f.stem}_files'))
     text = re.sub(r'```python\n\s*```', '', text)
@@ -101,6 +102,8 @@ def make(out):
         shutil.copytree(nbs/'images', src/'images')
         (src/'conf.py').write_text(conf)
         (src/'site.css').write_text(css)
-        return build_main(['-W','--keep-going','-q','-b','html',str(src),str(out)])
+        status = build_main(['-W','--keep-going','-q','-b','html',str(src),str(out)])
+    if not status: print(f'The site: {out/"index.html"}')
+    return status
 
 if __name__=='__main__': sys.exit(make(Path(sys.argv[1] if len(sys.argv)>1 else nbs.parent/'_docs')))
