@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from fastai.vision.all import *
 from fastai_fastimagenet.all import *
+from setting import setting
 from two_at_a_time import run_all
 from fastai_fastimagenet.phase import ends
 
@@ -102,6 +103,6 @@ def main():
     jobs = [[*c,s] for s in range(5) for c in random.Random(s).sample(cells(), len(cells()))]
     rows = run_all(__file__, jobs, args.json.with_suffix('.runs'), ('task','arm','n','seed'))
     show(rows)
-    args.json.write_text(json.dumps(dict(targets=targets, minutes=minutes, cores=os.cpu_count(), torch=torch.__version__, runs=rows), indent=1))
+    args.json.write_text(json.dumps(dict(targets=targets, minutes=minutes, setting=setting(), runs=rows), indent=1))
 
 if __name__=='__main__': main()

@@ -11,6 +11,7 @@ warnings.simplefilter('ignore')
 import torchvision
 from fastai.vision.all import *
 from fastai_fastimagenet.all import *
+from setting import setting_line
 
 class Ask(Callback):
     "Ask for a checkpoint every `every` steps, note how long each step and each checkpoint took"
@@ -50,4 +51,4 @@ if __name__=='__main__':
             writes.append(timed(lambda: torch.save([t.clone() for t in tensors], f'{folder}/plain')))
     step,save,copy,write = [1000*statistics.median(o) for o in (ask.steps, ask.saves, copies, writes)]
     print(f'step {step:.0f} ms, checkpoint stops training for {save:.0f} ms ({1000*max(ask.saves):.0f} at most of {len(ask.saves)}), plain copy {copy:.0f} ms, torch.save {write:.0f} ms: '
-          f'{save/copy:.1f} copies, {save/write:.2f} of torch.save, {save/step:.1f} steps; torch {torch.__version__}')
+          f'{save/copy:.1f} copies, {save/write:.2f} of torch.save, {save/step:.1f} steps; {setting_line()}')

@@ -2,12 +2,13 @@
 
 A moto server behind the proxy of the tests, in a process of its own, answers each call after `--latency` seconds. Measured is `AWSCluster.create`
 from nothing (look-ups, network, launch, machines running) and `down`; ssh is not part of it, and real machines take a minute more to start."""
-import argparse, os, platform, statistics, sys, tempfile, time
+import argparse, os, statistics, sys, tempfile, time
 from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent/'tests'))
 from aws_proxy import Aws
 from fastai_fastimagenet.cluster.aws import *
 from fastai_fastimagenet.cluster import rent, teardown
+from setting import setting_line
 
 def once(aws, nodes, machine, latency):
     "Seconds and calls of create and of down"
@@ -35,7 +36,7 @@ if __name__=='__main__':
         os.environ.update(aws.env)
         with tempfile.TemporaryDirectory() as tmp:
             os.environ['FASTIMAGENET_HOME'] = tmp
-            print(f'{a.machine}, {a.latency} s per call, median (least, most) of {a.repeats}; {platform.system()}, {os.cpu_count()} cores, Python {platform.python_version()}')
+            print(f'{a.machine}, {a.latency} s per call, median (least, most) of {a.repeats}; {setting_line()}')
             print('| machines | create (s) | calls | down (s) | calls |\n|---|---|---|---|---|')
             for nodes in a.nodes:
                 runs = list(zip(*(once(aws, nodes, a.machine, a.latency) for _ in range(a.repeats+1))))

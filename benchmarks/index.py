@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 from PIL import Image
-import PIL
 from fastai_fastimagenet.index import ImageIndex, index_folder
 from fastai_fastimagenet.table import index_dtype, open_index, save_index
 from fastai_fastimagenet.photos import render
 from fastai_fastimagenet.pool import WorkerPool
+from setting import setting_line
 
 def jpeg():
     "A photo with as much noise as gives 110 KB"
@@ -79,4 +79,4 @@ if __name__=='__main__':
                 n = f(folder, files)
                 if i: v.append(n/(time.process_time()-began))
         for f,v in rates.items(): print(f'{f.__name__:6} {statistics.median(v):9,.0f} images/s of CPU time ({min(v):,.0f} to {max(v):,.0f})')
-        print(f'{args.images} files of {size/1e3:.0f} KB, {args.rounds} rounds, Pillow {PIL.__version__}, NumPy {np.__version__}')
+        print(f'{args.images} files of {size/1e3:.0f} KB, {args.rounds} rounds; {setting_line()}')

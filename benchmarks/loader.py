@@ -23,8 +23,7 @@ installed. FFCV 1.0.2 has to be compiled; on Debian 12 with Python 3.11, in an e
   pip install --no-deps --no-build-isolation ffcv==1.0.2"""
 import os
 os.environ |= dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', NUMBA_THREADING_LAYER='workqueue') # numba's other layer, of TBB, hangs at exit
-import argparse, itertools, json, platform, random, shutil, statistics, subprocess, sys, tempfile, time, warnings
-from importlib.metadata import version
+import argparse, itertools, json, random, shutil, statistics, sys, tempfile, time, warnings
 from importlib.util import find_spec
 warnings.simplefilter('ignore')
 sys.unraisablehook = lambda o: None # numba complains when the pipelines that FFCV compiled are collected
@@ -35,6 +34,7 @@ from fastai.vision.all import *
 from fastai_fastimagenet.loader import imagenet_dls
 from fastai_fastimagenet.presize import presize
 import jpegs
+from setting import setting
 
 def split(train): return 'train' if train else 'val'
 
@@ -232,14 +232,6 @@ def show_workers(rates):
         two = (*key[:4],2)
         if key[4]==1 and two in rates:
             print(f'{key[1]} px {key[2]:10}{key[3]:13}{statistics.median(rates[key]):8.0f}{statistics.median(rates[two]):8.0f}{ratio(rates, two, key):8.2f}')
-
-def setting():
-    "Where this ran"
-    cpu = next((o.split(':')[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name')), '') if os.path.exists('/proc/cpuinfo') else ''
-    commit = subprocess.run(['git','describe','--always','--dirty'], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    names = 'torch torchvision fastai pillow simplejpeg numpy timm ffcv numba'.split()
-    return dict(argv=sys.argv[1:], commit=commit, cpu=cpu or platform.processor(), cores=os.cpu_count(), python=platform.python_version(),
-                versions={o: version(o) for o in names if find_spec(dict(pillow='PIL').get(o, o))})
 
 def describe(data, root):
     "What was measured: the originals, and the size of the copies"

@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from unittest import mock
 from fastai.vision.all import *
 from fastai_fastimagenet.all import *
+from setting import setting_line
 
 class Size(Transform):
     "What `ProgressiveResize` sets; the pictures stay as they are"
@@ -69,4 +70,4 @@ if __name__=='__main__':
                 if i: times[k].append(1e6*(time.process_time()-began)/args.steps)
     for k,v in times.items(): print(f'{k:12} {statistics.median(v):7.0f} us per step ({min(v):.0f} to {max(v):.0f})')
     own = [(c-b)/(b-a) for a,b,c in zip(*times.values())]
-    print(f'ours/fastai loop: {statistics.median(own):.2f} ({min(own):.2f} to {max(own):.2f}), {args.rounds} rounds of {args.steps} steps, {args.workers} workers, torch {torch.__version__}')
+    print(f'ours/fastai loop: {statistics.median(own):.2f} ({min(own):.2f} to {max(own):.2f}), {args.rounds} rounds of {args.steps} steps, {args.workers} workers; {setting_line()}')

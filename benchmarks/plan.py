@@ -9,7 +9,8 @@ from pathlib import Path
 from fastai.vision.all import *
 from fastai_fastimagenet.all import *
 from fastai_fastimagenet.measured import actual
-from fastai_fastimagenet.planner import parts
+from fastai_fastimagenet.planner import plan_parts
+from setting import setting
 
 table = Schedule([Phase(2, 64, 32, .02), Phase(1, bs=64, lr=.04), Phase(2, 96, 32, lr=.02), Phase(1, bs=48, lr=.03), Phase(2, 128, 32, lr=.02, rect=True)])
 
@@ -24,7 +25,7 @@ def one_round(path, workers, seconds):
         table.save(Path(out)/'schedule.json')
         learn.fit_phases(table, cbs=EpochLog(Path(out)/'history.csv'))
         was = actual(out)
-    def times(plan): return [{k: getattr(o, k) for k in parts} for o in plan.phases]
+    def times(plan): return [{k: getattr(o, k) for k in plan_parts} for o in plan.phases]
     return dict(workers=workers, took=took, wall=time.perf_counter()-began, predicted=times(p), actual=times(was))
 
 def total(times): return sum(times.values())
@@ -56,6 +57,6 @@ def main():
             rounds.append(one_round(path, w, args.seconds))
             print(w, f'{rounds[-1]["took"]:.0f} s', [f'{e:+.1%}' for e in errors(rounds[-1])[0]], f'{errors(rounds[-1])[1]:+.1%}', flush=True)
     show(rounds)
-    if args.json: args.json.write_text(json.dumps(dict(argv=sys.argv[1:], cores=os.cpu_count(), torch=torch.__version__, rounds=rounds), indent=1))
+    if args.json: args.json.write_text(json.dumps(dict(setting=setting(), rounds=rounds), indent=1))
 
 if __name__=='__main__': main()

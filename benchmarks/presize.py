@@ -15,6 +15,7 @@ from PIL import Image
 import torch
 from fastai_fastimagenet.photos import photos
 from fastai_fastimagenet.presize import presize
+from setting import setting_line
 
 def pillow(src, dst, shorts=(160,352)):
     "What most scripts do"
@@ -56,4 +57,4 @@ if __name__=='__main__':
     for k,v in rates.items(): print(f'{k:26}', ', '.join(f'{statistics.median(o):4.0f} ({min(o):.0f} to {max(o):.0f}) {unit}' for o,unit in zip(zip(*v), ('pictures/s','per CPU second'))))
     for a,b in (('ours, 2 processes','ours, 1 process'), ('ours, 1 process','Pillow'), ('ours, 1 process, 160 only','Pillow, 160 only')):
         print(f'{a} / {b}: {ratio(a, b, 0)}, per CPU second {ratio(a, b, 1)}')
-    print(f'{args.rounds} rounds of {args.pictures+1} pictures, {os.cpu_count()} cores, torch {torch.__version__}')
+    print(f'{args.rounds} rounds of {args.pictures+1} pictures; {setting_line()}')

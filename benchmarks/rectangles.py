@@ -113,4 +113,4 @@ if __name__=='__main__':
         return json.loads(r.stdout.splitlines()[-1])
     with ThreadPoolExecutor(2) as pool: rows = list(pool.map(run, [(s,k) for s in range(args.seeds) for k in ('square','rect')]))
     show(rows)
-    args.json.write_text(json.dumps(dict(setting=tta.setting(), runs=rows), indent=1))
+    args.json.write_text(json.dumps(dict(setting=tta.of_task(), runs=rows), indent=1))

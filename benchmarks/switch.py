@@ -19,8 +19,8 @@ long a process with CUDA takes to fork, which adds to what stock fastai does at 
 Figures are medians over rounds; ratios are medians of the ratios of each round. Pictures are rendered once, and lie in the page cache."""
 import os
 os.environ['OMP_NUM_THREADS'] = '1'
-import argparse, itertools, json, platform, random, statistics, subprocess, sys, time, warnings
-from importlib.metadata import version
+import argparse, itertools, json, random, statistics, sys, time, warnings
+from setting import setting
 warnings.simplefilter('ignore')
 from fastai.vision.all import *
 from fastai_fastimagenet.all import *
@@ -117,12 +117,6 @@ def show(runs):
     print('\nours, each boundary, seconds: train->valid, valid->train')
     for i,o in enumerate(zip(*(o['lost'] for o in runs['ours']))):
         print(f'after epoch {i:2} ', *(f'{statistics.median(part):7.3f}' for part in zip(*o)), 'new phase' if is_change(i) else '')
-
-def setting():
-    "Where this ran"
-    commit = subprocess.run(['git','describe','--always','--dirty'], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    return dict(args={k: str(v) for k,v in vars(args).items()}, commit=commit, cores=os.cpu_count(), python=platform.python_version(),
-                versions={o: version(o) for o in ('torch','fastai','pillow','simplejpeg')})
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

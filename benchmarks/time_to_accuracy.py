@@ -21,14 +21,14 @@ Each run is a process of its own, two at a time on two cores, in an order drawn 
 rate of the optimizer is compared with what the schedule says; a difference ends the run."""
 import os
 os.environ |= dict(OMP_NUM_THREADS='1')
-import argparse, itertools, json, math, random, statistics, subprocess, sys, time, warnings
+import argparse, itertools, json, math, random, statistics, sys, time, warnings
 warnings.simplefilter('ignore')
-from importlib.metadata import version
 from pathlib import Path
 import torch, torchvision
 from torchvision.transforms import v2
 from fastai.vision.all import *
 from fastai_fastimagenet.all import *
+from setting import setting
 from two_at_a_time import run_all
 from fastai_fastimagenet.fit import phase_cbs
 
@@ -217,11 +217,7 @@ def show(rows, target):
             ratios = [f'{statistics.median(r["cpu"] for r in t[1])/statistics.median(r["cpu"] for r in b[1]):.2f} of {a}' for a,b in base.items() if b]
             print(f'{arm:28}{t[0]:3} epochs, CPU {spread([r["cpu"] for r in t[1]])}, {", ".join(ratios)}')
 
-def setting(data=None, target=target):
-    commit = subprocess.run(['git','describe','--always','--dirty'], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    cpu = next((o.split(':')[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name')), '')
-    return dict(argv=sys.argv[1:], commit=commit, cpu=cpu, cores=os.cpu_count(), target=target, data=str(data) if data else f'{n_train} and {n_val} photos', size=size,
-                versions={o: version(o) for o in ('torch','torchvision','fastai','pillow','simplejpeg')})
+def of_task(data=None, target=target): return dict(setting(), target=target, data=str(data) if data else f'{n_train} and {n_val} photos', size=size)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -239,6 +235,6 @@ def main():
             print(f'{arm:12} lr {lr:g}: {spread([100*r["centre"] for r in rs])}')
         return
     show(rows, args.target)
-    args.json.write_text(json.dumps(dict(setting=setting(args.data, args.target), runs=rows), indent=1))
+    args.json.write_text(json.dumps(dict(setting=of_task(args.data, args.target), runs=rows), indent=1))
 
 if __name__=='__main__': main()

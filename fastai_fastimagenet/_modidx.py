@@ -1366,6 +1366,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastai_fastimagenet/measured.py'),
                                               'fastai_fastimagenet.measured.beside': ( 'measured.html#beside',
                                                                                        'fastai_fastimagenet/measured.py'),
+                                              'fastai_fastimagenet.measured.history_text': ( 'measured.html#history_text',
+                                                                                             'fastai_fastimagenet/measured.py'),
                                               'fastai_fastimagenet.measured.measured_run': ( 'measured.html#measured_run',
                                                                                              'fastai_fastimagenet/measured.py'),
                                               'fastai_fastimagenet.measured.plan_measured': ( 'measured.html#plan_measured',

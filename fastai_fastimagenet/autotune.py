@@ -55,7 +55,8 @@ def range_test(
     return tried[:len(test.seen)],test.seen
 
 # %% ../nbs/43_autotune.ipynb #be3c69a6
-_part,_above = 1/64,.1 # Of the learning rate at which the loss leaves its beginning, and by what part of it
+_part = 1/64 # Of the learning rate from which on the loss is too high
+_above = .1 # It is too high when it is so much above its beginning, as a part of that
 
 def suggest_lr(
     lrs:list, # From `range_test`
@@ -89,7 +90,7 @@ def auto_table(
     min_scale:float|None=None, # Smallest share of the area that a crop takes; by default .08
     world:int=1 # Processes
 )->Schedule:
-    "The table that rules 1, 3 and 4 make of these"
+    "Half of the epochs at `sizes[0]`, .3 of them at `sizes[1]`, the rest at `sizes[2]`; `lr` rises from a tenth in the first fifth, then falls in a line to 0, in proportion to the batch"
     at_full = min(round(n_epoch*sum(shares[:2])), n_epoch-1) # One epoch at least
     until,warm = dict(zip(sizes, (min(round(n_epoch*shares[0]), at_full), at_full, n_epoch))),n_epoch/5
     def line(e): return lr*(.1+.9*e/warm) if e<warm else lr*(n_epoch-e)/(n_epoch-warm)
@@ -125,7 +126,7 @@ def auto_schedule(
     learn:Learner, # With its data, model and optimizer; its loaders set the size of the last phase
     minutes:float # For training with the table, evaluation included
 )->Schedule:
-    "A table for `learn` by the rules above, that trains in `minutes` here; `learn` is left as it was. In several processes all must call it. `ValueError` if one epoch takes longer, or there are too few pictures for trials"
+    "A table for `learn` from trials of it, that trains in `minutes` here: sizes up to that of its loaders, batches that fit, learning rates by a range test; `learn` is left as it was. In several processes all must call it. `ValueError` if one epoch takes longer, or there are too few pictures for trials"
     if not (is_num(minutes) and minutes>0): raise ValueError(f'`minutes` must be a number above 0, got {minutes!r}')
     with learn.ddp():
         world,sizes,n_train = num_distrib() or 1,auto_sizes(dl_size(learn.dls.train)),dl_layers(learn.dls.train)[-1].n

@@ -44,7 +44,7 @@ def find_test_size(
     sizes:list|None=None, # Short sides to try (pixels); by default from the loader's size to 1.5 times as much, in steps of 32
     crop_pcts:tuple=(.875,1.) # Shares of the picture to try
 )->pd.DataFrame: # A row for each way to test, the best first: size (pixels), crop_pct, rect, top1, loss, pixels (of a picture, on average)
-    "Top-1 and loss of `learn` with several image sizes, as centre crops and on rectangles; `ValueError` for the validation set"
+    "Top-1 and loss of `learn` with several image sizes, as centre crops and on rectangles (Touvron et al. 2019, arxiv.org/abs/1906.06423); `ValueError` for the validation set"
     if hasattr(dl, 'loaders') or dl.dataset in (learn.dls.valid_ds,learn.dls.train_ds): raise ValueError('An accuracy that was used to choose is too good: give pictures of their own, e.g. of `hold_out`, not the training or validation set')
     if sizes is not None and not (is_listy(sizes) and sizes and all(isinstance(s, int) and s>0 for s in sizes)): raise ValueError(f'`sizes` must be a list of short sides in pixels, e.g. [128,160], got {sizes!r}')
     size = dl_size(dl)

@@ -19,6 +19,7 @@ with warnings.catch_warnings():
 from .cli import *
 from .schedule import *
 from .meters import *
+from .measured import history_text
 import fastai_fastimagenet
 from matplotlib.figure import Figure # After fastai, which has another one
 
@@ -58,9 +59,7 @@ def load_run(
 )->SimpleNamespace:
     "What is known about a run; `ValueError` if `path` holds none"
     path = Path(path)
-    if not (path/'history.csv').exists(): raise ValueError(f'{path} holds no run: it has no history.csv. Give a folder that fastimagenet-train wrote')
-    rows = pd.read_csv(path/'history.csv')
-    if not len(rows): raise ValueError(f'{path}/history.csv has no epoch yet')
+    rows = pd.read_csv(io.StringIO(history_text(path)))
     return SimpleNamespace(name=path.resolve().name, rows=rows, result=_json(path/'result.json', {}), machines=_json(path/'machines.json', []),
                            settings=_json(path/'settings.json', {}), skipped=_files(path/'skipped.txt'), odd=_files(path/'odd.txt'), board=_board(path/'tensorboard'),
                            schedule=Schedule.load(path/'schedule.json') if (path/'schedule.json').exists() else None)

@@ -7,7 +7,7 @@ from fastai_fastimagenet.machines import profiles
 from fastai_fastimagenet.measured import Measured, Point, actual, beside, measured_run, plan_measured
 from fastai_fastimagenet.phase import Phase
 from fastai_fastimagenet.plan_cli import main
-from fastai_fastimagenet.planner import allreduce_bytes, parts, plan
+from fastai_fastimagenet.planner import allreduce_bytes, plan, plan_parts
 from fastai_fastimagenet.recipes import recipes
 from fastai_fastimagenet.schedule import Schedule
 from fastai_fastimagenet.whatif import epochs_to_93, first_epochs, options, scaling
@@ -74,8 +74,8 @@ def test_too_large_for_memory(tmp_path):
 def test_sums(name, machine, nodes, n):
     try: p = plan(recipes[name], machine, nodes, n_train=n)
     except ValueError as e: assert 'Use at most' in str(e); return
-    assert p.dollars==pytest.approx(nodes*p.price*p.minutes/60) and sum(p.share(k) for k in parts)==pytest.approx(1)
-    assert all(getattr(o, k)>=0 for o in p.phases for k in parts) and p.schedule.world==nodes*profiles[machine].gpus
+    assert p.dollars==pytest.approx(nodes*p.price*p.minutes/60) and sum(p.share(k) for k in plan_parts)==pytest.approx(1)
+    assert all(getattr(o, k)>=0 for o in p.phases for k in plan_parts) and p.schedule.world==nodes*profiles[machine].gpus
     for o,ph in zip(p.phases, p.schedule.phases): # Without the last pictures of an epoch, which make no whole batch
         assert (n-o.bs*p.schedule.world)*ph.n_epoch<=o.images<=n*ph.n_epoch+1
     if nodes==1: assert p.share('network')==0
