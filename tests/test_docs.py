@@ -79,7 +79,7 @@ def printed(file):
 
 # Trained until the first epoch is there; a real run takes minutes or hours
 _long = ('fastimagenet-train','fastai_fastimagenet.launch','torchrun','accelerate','script.py')
-_not_here = {'pip install': 'the network', 'fastimagenet-cluster': 'AWS, or a simulation: test_cluster_cli', 'tar ': 'ImageNet', '(cd ': 'ImageNet', 'mkdir ': 'ImageNet',
+_not_here = {'pip install': 'the network', 'fastimagenet-cluster': 'AWS, or a simulation: test_cluster_cli', 'unzip ': 'ImageNet', 'mv ILSVRC': 'ImageNet', 'aws ec2': 'AWS',
              '--nnodes 2': 'two machines', '--actual runs/imagenet': '8 GPUs', '--data imagenette': 'the network', '--data imagenet ': 'ImageNet', 'nbs/make_docs.py': 'the checkout: test_site', 'nbdev-': 'the checkout'}
 
 _epoch = r' *\d+ +\d+\.?\d* +\d' # A line of a log
