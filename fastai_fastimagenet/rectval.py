@@ -120,7 +120,7 @@ def _crop_dl(dl, size, bs, crop_pct, **kwargs):
     if any(type(o).__name__ in ('TensorPoint','TensorBBox') for o in dl.dataset[0]):
         raise ValueError('Points and boxes do not move with the rectangles: use rectangular validation for classification')
     rest = {nm: [f for f in deepcopy(getattr(dl, nm)).fs if not sets_size(f)] for nm in ('after_item','before_batch','after_batch')}
-    crop = RectCrop(size, _margin(sizers(dl)) if crop_pct is None else crop_pct)
+    crop = RectCrop(size, _margin(sizers(dl, 1)) if crop_pct is None else crop_pct)
     crop.split_idx = None # Training pictures too, if it is their loader
     rest['after_item'].append(crop)
     return dl.new(bs=bs or dl.bs, **kwargs, **{k: Pipeline(v) for k,v in rest.items()})

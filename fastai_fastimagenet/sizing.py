@@ -8,6 +8,7 @@ __all__ = ['sets_size', 'short_side', 'sizers', 'dl_size', 'scaled', 'own_tfms']
 # %% ../nbs/05_sizing.ipynb #f16ca8df
 from .core import *
 from fastai.basics import *
+from fastai.vision.augment import AffineCoordTfm
 
 # %% ../nbs/05_sizing.ipynb #c8fb3225
 def _sides(size):
@@ -29,11 +30,17 @@ def short_side(
     return min(_sides(tfm.size))
 
 def sizers(
-    dl # A `DataLoader`, perhaps wrapped for distributed training
+    dl, # A `DataLoader`, perhaps wrapped for distributed training
+    split:int|None=None # 0, those for training; 1, those for validation; by default those for the data set of `dl`
 )->list: # Transforms, in the order they run
-    "The transforms of `dl` that set an image size: those with a `size` attribute"
-    pipes = [getattr(dl_layers(dl)[-1], nm, None) for nm in ('after_item','before_batch','after_batch')]
-    return [f for p in pipes for f in getattr(p, 'fs', []) if sets_size(f)]
+    "The transforms of `dl` that set an image size: those with a `size` attribute that run in this split"
+    dl = dl_layers(dl)[-1]
+    split = getattr(getattr(dl, 'dataset', None), 'split_idx', None) if split is None else split
+    pipes = [getattr(dl, nm, None) for nm in ('after_item','before_batch','after_batch')]
+    return [f for p in pipes for f in getattr(p, 'fs', []) if sets_size(f) and _runs_in(f, split)]
+
+def _runs_in(f, split): # An `AffineCoordTfm` runs always, and notes in `split_idx` where it ran last
+    return split is None or f.split_idx in (None,split) or isinstance(f, AffineCoordTfm)
 
 # %% ../nbs/05_sizing.ipynb #3fc4cad3
 def dl_size(

@@ -7,7 +7,7 @@ from fastai.vision.all import (Adam, Callback, CancelFitException, CategoryBlock
     ShortEpochCallback, accuracy, aug_transforms, combined_cos, get_image_files, imagenet_stats, load_learner, nn, noop, params, parent_label)
 from fastai_fastimagenet.all import *
 from fastai_fastimagenet.core import _fits
-from fastai_fastimagenet.sizing import sizers
+from fastai_fastimagenet.sizing import dl_size, sizers
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -236,6 +236,26 @@ def test_validation_stays(few):
     learn.fit(2, .01, cbs=[ProgressiveResize({0:32, 1:40}, valid=False), RectValidation(1)])
     assert {r[2:4] for r in learn.watch.rows if r[1]}=={(32,32), (40,40)}
     assert {min(r[2:4]) for r in learn.watch.rows if not r[1]}=={48}
+
+def test_each_split_has_its_own_transforms(few):
+    "Where training and validation have different sizes (arxiv.org/abs/1906.06423), the one says nothing about the other"
+    item = [RandomResizedCrop(32, split_idx=0), RectCrop(40)]
+    pipes['fixres'] = lambda: (item, None)
+    try: learn = make(few, 'fixres')
+    finally: del pipes['fixres']
+    assert [dl_size(dl) for dl in learn.dls.loaders]==[32,40]
+    before = snapshot(learn)
+    learn.fit(2, .01, cbs=ProgressiveResize({0:16, 1:32}))
+    assert snapshot(learn)==before
+    assert [{r[2:4] for r in learn.watch.rows if r[:2]==(e,t)} for t in (True,False) for e in (0,1)]==[{(s,s)} for s in (16,32,16,32)]
+    rect = rect_dl(learn.dls.train)
+    assert {min(b[0].shape[-2:]) for b in rect}=={32} and rect._crop().crop_pct==.875, 'the margin of validation'
+
+def test_size_of_batch_transforms_after_validation(few):
+    "fastai's affine transforms note in `split_idx` where they ran last, and run everywhere"
+    learn = make(few, 'aug')
+    learn.fit(1, .01)
+    assert [dl_size(dl) for dl in learn.dls.loaders]==[48,48] and len(sizers(learn.dls.train))==2
 
 def test_min_scale_by_epoch(few):
     learn,seen = make(few, 'rrc'),[]
