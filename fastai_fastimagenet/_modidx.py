@@ -1394,6 +1394,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'fastai_fastimagenet/memory.py'),
                                             'fastai_fastimagenet.memory.AutoMicroBatch._tell': ( 'memory.html#automicrobatch._tell',
                                                                                                  'fastai_fastimagenet/memory.py'),
+                                            'fastai_fastimagenet.memory.AutoMicroBatch._watch': ( 'memory.html#automicrobatch._watch',
+                                                                                                  'fastai_fastimagenet/memory.py'),
                                             'fastai_fastimagenet.memory.AutoMicroBatch.after_backward': ( 'memory.html#automicrobatch.after_backward',
                                                                                                           'fastai_fastimagenet/memory.py'),
                                             'fastai_fastimagenet.memory.AutoMicroBatch.before_backward': ( 'memory.html#automicrobatch.before_backward',

@@ -12,6 +12,7 @@ from .group import *
 from .state import *
 import gc
 from contextlib import nullcontext
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from fastai.basics import *
 from fastai.callback.core import *
@@ -147,23 +148,28 @@ def _keep_running(model):
 # %% ../nbs/09_memory.ipynb #4304e40b
 class AutoMicroBatch(FitCallback):
     "When a step runs out of memory, compute it and those after it in parts"
-    order = 62
+    order = 62 # After `MixedPrecision` (10), which leaves autocast before the backward pass; so 'backward' means that it has left
     def before_fit(self):
-        self.parts,self.point = {},None # (Training?, image shape) -> images in a part; where in a step training is, None outside
-        self.whole = self.learn.model.forward
+        self.parts,self.point,self.models = {},None,[] # (Training?, image shape) -> images in a part; where in a step training is, None outside
         self._replace(self.learn, '_do_one_batch', partial(self._one_batch, self.learn._do_one_batch))
-        self._replace(self.learn.model, 'forward', self._in_parts)
+        self.on_exit(self.models.clear)
+
+    def _watch(self, model):
+        "Replace the forward of `model` when it is used for the first time; evaluation may have one of its own"
+        if isinstance(model, DistributedDataParallel): model = model.module
+        if any(m is model for m in self.models): return
+        self.models.append(model)
+        self._replace(model, 'forward', partial(self._in_parts, model, model.forward))
 
     def _replace(self, obj, name, method):
         self.on_exit(*((setattr, obj, name, vars(obj)[name]) if name in vars(obj) else (delattr, obj, name)))
         setattr(obj, name, method)
 
-    def _in_parts(self, *xb, **kwargs):
+    def _in_parts(self, model, whole, *xb, **kwargs):
         n = self._n_parts() if self.point else 1
-        if n==1: return self.whole(*xb, **kwargs)
-        model = self.learn.model
+        if n==1: return whole(*xb, **kwargs)
         contexts = lambda: (nullcontext(), _keep_running(model))
-        return to_concat([checkpoint(partial(self.whole, **kwargs), *x, use_reentrant=False, context_fn=contexts) for x in zip(*(t.tensor_split(n) for t in xb))])
+        return to_concat([checkpoint(partial(whole, **kwargs), *x, use_reentrant=False, context_fn=contexts) for x in zip(*(t.tensor_split(n) for t in xb))])
 
     def _shape(self): return tuple(item_find(self.learn.xb).shape[1:])
     def _key(self): return self.learn.training,self._shape()
@@ -174,6 +180,7 @@ class AutoMicroBatch(FitCallback):
     def after_backward(self): self.point = 'step'
 
     def _one_batch(self, one):
+        self._watch(self.learn.model)
         began_with = self._n_parts()
         while True:
             self.point = 'forward'

@@ -76,6 +76,14 @@ def test_split_steps_are_the_same(model, half, capsys):
     assert len(parts.recorder.losses)==8 and capsys.readouterr().out.count('Out of memory')==1+(model is Limited) # Evaluation too
     assert not {'forward','_do_one_batch'} & (vars(parts.model).keys()|vars(parts).keys())
 
+def test_an_averaged_model_is_split_too(capsys):
+    "Evaluation with a model that is not the one in training"
+    ema = WeightEMA()
+    whole,parts = fit(Limited(8), WeightEMA()),fit(Limited(3), ema, AutoMicroBatch())
+    assert whole.recorder.values[-1][1]==pytest.approx(parts.recorder.values[-1][1], rel=1e-5)
+    assert capsys.readouterr().out.count('Out of memory')==2
+    assert not any('forward' in vars(m) for m in (parts.model,ema.average.module))
+
 def test_batch_norm_counts_each_part_once():
     learn = fit(Limited(3, True), AutoMicroBatch(), epochs=1)
     assert learn.model.model[1].num_batches_tracked==4*4 and learn.model.model[1].momentum==.1 # 8 images are 4 parts of 2
