@@ -957,8 +957,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'fastai_fastimagenet.decode._resize_torch': ( 'decode.html#_resize_torch',
                                                                                           'fastai_fastimagenet/decode.py'),
                                             'fastai_fastimagenet.decode._rgb': ('decode.html#_rgb', 'fastai_fastimagenet/decode.py'),
-                                            'fastai_fastimagenet.decode._seconds': ( 'decode.html#_seconds',
-                                                                                     'fastai_fastimagenet/decode.py'),
                                             'fastai_fastimagenet.decode._segments': ( 'decode.html#_segments',
                                                                                       'fastai_fastimagenet/decode.py'),
                                             'fastai_fastimagenet.decode._stored_box': ( 'decode.html#_stored_box',

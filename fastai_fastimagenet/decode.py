@@ -7,7 +7,7 @@ __all__ = ['JPEG', 'PROGRESSIVE', 'OTHER', 'RAW', 'Header', 'jpeg_header', 'open
            'resizer', 'resized', 'upright', 'turn', 'decode', 'read_file', 'decode_strictly']
 
 # %% ../nbs/11_decode.ipynb #c8b527dc
-import io, math, os, re, time
+import io, math, os, platform, re
 from collections import namedtuple
 from functools import lru_cache
 import numpy as np
@@ -141,18 +141,10 @@ def _resize_torch(a, shape):
 
 def _resize_pillow(a, shape): return torch.from_numpy(np.array(Image.fromarray(a).resize(shape[::-1], Image.BILINEAR)))
 
-def _seconds(f, a):
-    began = time.perf_counter()
-    for _ in range(5): f(a, (128,128))
-    return time.perf_counter()-began
-
 @lru_cache
 def resizer():
-    "The fastest function for an antialiased bilinear resize of (H,W,3) uint8 on this CPU"
-    if torch.backends.cpu.get_cpu_capability().startswith('AVX'): return _resize_torch
-    a = np.zeros((256,256,3), np.uint8)
-    times = [min(_seconds(f, a) for _ in range(3)) for f in (_resize_torch,_resize_pillow)]
-    return _resize_pillow if times[0]>1.5*times[1] else _resize_torch
+    "The function for an antialiased bilinear resize of (H,W,3) uint8; the same in all processes on CPUs of one kind"
+    return _resize_torch if platform.machine() in ('x86_64','AMD64') else _resize_pillow
 
 # %% ../nbs/11_decode.ipynb #b8a8f0d4
 def resized(

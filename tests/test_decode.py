@@ -3,7 +3,8 @@ import io, math
 from collections import defaultdict
 import numpy as np, pytest, torch
 from PIL import Image, ImageOps
-from fastai_fastimagenet.decode import dct_scale, decode, decode_strictly, snap
+from fastai_fastimagenet import decode as decode_module
+from fastai_fastimagenet.decode import dct_scale, decode, decode_strictly, resizer, snap
 from fastai_fastimagenet.photos import render
 
 def saved(im, **kwargs):
@@ -61,6 +62,13 @@ def test_close_to_a_full_decode(found):
     for exact,scale,mean,least in ((True,'all',50,30), (True,8,60,45), (False,'all',43,30), (False,8,43,34)):
         v = res[exact,scale]
         assert np.mean(v)>=mean and min(v)>=least, (exact, scale, np.mean(v), min(v))
+
+def test_all_processes_resize_alike(monkeypatch):
+    "The kind of CPU decides, not which function won a race"
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'DEFAULT')
+    for machine,name in (('x86_64','_resize_torch'), ('AMD64','_resize_torch'), ('aarch64','_resize_pillow'), ('arm64','_resize_pillow')):
+        monkeypatch.setattr(decode_module.platform, 'machine', lambda: machine)
+        assert resizer.__wrapped__().__name__==name
 
 def test_fewer_rows_change_no_pixel(found): assert found[1]==0
 
