@@ -67,8 +67,8 @@ def checkpoint_pos(
 def checkpoints(
     path # Folder
 )->list: # Newest last
-    "The checkpoint files in `path`"
-    return sorted(Path(path).glob('[0-9]*-[0-9]*.pt'), key=checkpoint_pos)
+    "The checkpoint files in `path`; what has another name, like a copy that was put aside, is none"
+    return sorted((f for f in Path(path).glob('*.pt') if re.fullmatch('[0-9]+-[0-9]+', f.stem)), key=checkpoint_pos)
 
 # %% ../nbs/07_state.ipynb #10852f32
 def opt_state(

@@ -90,6 +90,13 @@ def test_bound_to_its_table(small_photos, tmp_path):
             with learn.no_bar(): learn.fit_phases(a, cbs=(mine := L()), resume=tmp_path/f'{own}')
             assert mine==[]
 
+def test_a_copy_under_another_name_is_left_alone(tmp_path):
+    fit(learner(), Checkpoint(tmp_path, minutes=1e-9))
+    kept = tmp_path/'0001-000000032-keep.pt'
+    kept.write_bytes(checkpoints(tmp_path)[-1].read_bytes())
+    fit(learner(), Checkpoint(tmp_path, minutes=1e-9, resume=True), n=2)
+    assert len(checkpoints(tmp_path))==3 and kept.exists()
+
 def test_only_plain_values(tmp_path):
     "A pickle that runs code is refused, not run"
     class Evil:
