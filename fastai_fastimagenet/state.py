@@ -29,8 +29,8 @@ def write_checkpoint(
     state:dict, # Numbers, texts, tensors, and lists, tuples and dicts of them
     file:Path # Its folder must exist
 ):
-    "Write `state` to `file`: all of it or nothing, whenever the process is killed"
-    part = file.with_suffix('.part')
+    "Write `state` to `file`: all of it or nothing, whenever the process is killed; what that leaves is written over, so one at a time in a folder"
+    part = file.with_name('checkpoint.part')
     with open(part, 'wb') as f:
         torch.save({**state, 'format':_format}, f)
         f.flush()

@@ -48,6 +48,15 @@ def test_killed_while_writing(resumed):
     assert len(res)==20 and sum(r['part'] for r in res)>=5 # It was killed in the middle
     assert all(n==4_000_000 for r in res for n in r['loaded']) and res[-1]['loaded']
 
+def test_what_a_kill_leaves_is_written_over(tmp_path, monkeypatch):
+    def killed(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(os, 'replace', killed)
+        write_checkpoint(dict(k=0), tmp_path/'0000-000000004.pt')
+    assert len(list(tmp_path.iterdir()))==1
+    write_checkpoint(dict(k=1), tmp_path/'0000-000000008.pt')
+    assert [f.name for f in tmp_path.iterdir()]==['0000-000000008.pt']
+
 def learner(model=None, n=32):
     dls = DataLoaders.from_dsets([(torch.randn(4), torch.tensor(1.)) for _ in range(n)], [(torch.randn(4), torch.tensor(1.))]*4, bs=4, num_workers=0, drop_last=True)
     return Learner(dls, model or nn.Linear(4, 1), lambda p,t: F.mse_loss(p.squeeze(-1), t))
@@ -142,7 +151,7 @@ def test_spot_notice(tmp_path, monkeypatch):
 def test_full_disk_is_said(tmp_path):
     class Full(Callback):
         order = 5
-        def before_train(self): (tmp_path/'0000-000000032.part').mkdir(exist_ok=True)
+        def before_train(self): (tmp_path/'checkpoint.part').mkdir(exist_ok=True)
     with pytest.raises(OSError, match='A checkpoint could not be written'): fit(learner(), Checkpoint(tmp_path), Full())
 
 def test_no_checkpoint_of_broken_weights(tmp_path):
