@@ -55,6 +55,8 @@ class EpochLog(FitCallback):
         self._lap('other')
 
     def before_train(self):
+        if not len(dl := self.learn.dl): raise ValueError(f'Epoch {self.epoch} has no batch: there are {len(dl.dataset)} training images, fewer than one batch of '
+                                                          f'{getattr(dl, "bs", None) or dl.batch_size}. Use smaller batches')
         self.n_images,self.resumed = self.resumed,0
         self._lap('switch')
 

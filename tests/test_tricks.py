@@ -165,6 +165,18 @@ def test_epoch_log_and_target_when_an_epoch_is_cut_short(few):
     assert [r['lr'] for r in log.rows]==pytest.approx([.01,.02])
     assert all(0<=r['top1']<=1 and r['valid_loss']>1 for r in log.rows)
 
+def tensor_learner(n_train=12, n_valid=0, bs=4, **kwargs):
+    items = [(torch.randn(4), torch.tensor(i%2)) for i in range(n_train+n_valid)]
+    dls = DataLoaders.from_dsets(items[:n_train], items[n_train:], bs=bs, num_workers=0, device='cpu', **kwargs)
+    learn = Learner(dls, nn.Linear(4, 2), nn.CrossEntropyLoss(), metrics=accuracy)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+def test_an_epoch_without_a_batch_is_said():
+    with pytest.raises(ValueError, match='Epoch 0 has no batch: there are 12 training images, fewer than one batch of 16. Use smaller batches'):
+        tensor_learner(bs=16, drop_last=True).fit(1, cbs=EpochLog())
+
 def test_loaders_wrapped_for_distributed_training_are_unwrapped_after_the_fit(few):
     "As `DistributedTrainer` does: wrap in before_fit (order 11), put back in after_fit"
     class Wrap(Callback):
