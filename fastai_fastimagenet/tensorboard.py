@@ -41,21 +41,21 @@ class TensorBoard(FitCallback):
             self.on_exit(self.writer.close)
         self._mark()
 
-    def _mark(self): self.since,self.waited,self.n_steps,self.free_at = (now := time.perf_counter()),0.,0,now
+    def _mark(self): self.since,self.waited,self.n_steps,self.n_images,self.free_at = (now := time.perf_counter()),0.,0,0,now
 
     def before_batch(self):
         if self.learn.training: self.waited += time.perf_counter()-self.free_at
 
     def after_batch(self):
         if not self.learn.training: return
-        self.n_seen += find_bs(self.learn.yb)*(num_distrib() or 1)
-        self.n_steps += 1
+        n = find_bs(self.learn.yb)
+        self.n_seen,self.n_steps,self.n_images = self.n_seen+n*(num_distrib() or 1),self.n_steps+1,self.n_images+n
         if self.writer and self.n_steps==self.every: self._point()
         self.free_at = time.perf_counter()
 
     def _point(self):
         t,world = (time.perf_counter()-self.since)/self.n_steps,num_distrib() or 1
-        n,dl,pred,targ = find_bs(self.learn.yb),self.dls.train,self.learn.pred.detach(),self.learn.y
+        n,dl,pred,targ = self.n_images/self.n_steps,self.dls.train,self.learn.pred.detach(),self.learn.y
         recv,sent = self.net.gbit_s()
         values = {'losses/xent':float(self.learn.loss.detach().mean()), 'sizes/lr':self.recorder.lrs[-1], 'sizes/batch':n, 'sizes/batch_total':n*world,
                   'sizes/image':dl_size(dl) if sizers(dl) else min(self.x.shape[-2:]), 'sizes/world':world, 'times/step':1000*t,
@@ -73,9 +73,10 @@ class TensorBoard(FitCallback):
 
     def after_validate(self):
         if not self.writer: return
-        names = dict(accuracy='test_1', top_k_accuracy='test_5')
-        right = {f'losses/{names[m.name]}': 100*float(m.value) for m in self.learn.metrics if m.name in names}
-        self._write({'times/eval_sec':time.perf_counter()-self.eval_began, 'losses/test_xent':float(self.recorder.loss.value), **right})
+        names = dict(accuracy='losses/test_1', top_k_accuracy='losses/test_5')
+        values = {'losses/test_xent':(1,self.recorder.loss.value), **{names[m.name]: (100,m.value) for m in self.learn.metrics if m.name in names}}
+        values = {k: c*float(v) for k,(c,v) in values.items() if v is not None and v==v} # Of an empty set there are none
+        self._write({'times/eval_sec':time.perf_counter()-self.eval_began, **values})
 
     def after_epoch(self):
         rows = getattr(vars(self.learn).get('epoch_log'), 'rows', [])

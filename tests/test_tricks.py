@@ -2,6 +2,7 @@
 import itertools
 from functools import partial
 import pytest, torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from fastai.vision.all import (Adam, Callback, CancelFitException, CategoryBlock, DataBlock, GrandparentSplitter, ImageBlock,
     DataLoaders, ImageDataLoaders, L, Learner, Normalize, OptimWrapper, ProgressCallback, RandomResizedCrop, RandomResizedCropGPU, Resize, SGD,
     ShortEpochCallback, accuracy, aug_transforms, combined_cos, get_image_files, imagenet_stats, load_learner, nn, noop, params, parent_label)
@@ -176,6 +177,20 @@ def tensor_learner(n_train=12, n_valid=0, bs=4, **kwargs):
 def test_an_epoch_without_a_batch_is_said():
     with pytest.raises(ValueError, match='Epoch 0 has no batch: there are 12 training images, fewer than one batch of 16. Use smaller batches'):
         tensor_learner(bs=16, drop_last=True).fit(1, cbs=EpochLog())
+
+def scalars(path):
+    events = EventAccumulator(str(path)).Reload()
+    return {k: [e.value for e in events.Scalars(k)] for k in events.Tags()['scalars']}
+
+def test_tensorboard_without_validation_pictures(tmp_path):
+    tensor_learner().fit(1, cbs=TensorBoard(tmp_path, every=1))
+    assert 'losses/xent' in (found := scalars(tmp_path)) and not {'losses/test_xent','losses/test_1'} & found.keys()
+
+def test_tensorboard_counts_pictures_of_uneven_batches(tmp_path):
+    "A point tells of all steps since the one before: here of batches of 8 and 2"
+    tensor_learner(10, bs=8, shuffle=False, drop_last=False).fit(1, cbs=TensorBoard(tmp_path, every=2))
+    found = scalars(tmp_path)
+    assert found['sizes/batch']==found['sizes/batch_total']==[5] and found['times/images_s'][0]==pytest.approx(5000/found['times/step'][0], rel=1e-4)
 
 def test_loaders_wrapped_for_distributed_training_are_unwrapped_after_the_fit(few):
     "As `DistributedTrainer` does: wrap in before_fit (order 11), put back in after_fit"
