@@ -79,7 +79,11 @@ class LiveView(FitCallback):
         return ', '.join([f'{self.n_images/(now-self.shown_at):.0f} images/s', f'{left:.1f} min left', *self._targets(left)])
 
     def _targets(self, left):
-        rows = getattr(vars(self.learn).get('epoch_log'), 'rows', [])
+        log = vars(self.learn).get('epoch_log')
+        rows = log.rows if log else []
+        since = (time.perf_counter()-log.began)/60-rows[-1]['minutes'] if rows else 0. # The last epoch, in minutes
         for k,v in getattr(vars(self.learn).get('time_to_accuracy'), 'targets', {}).items():
             minutes = minutes_to([r['minutes'] for r in rows], [r[k] for r in rows], v)
-            if minutes is not None: yield f'{k} {v:g} in {minutes:.1f} min' if minutes<=left else f'{k} {v:g} not before the end at this pace'
+            if minutes is None: continue
+            minutes = max(0., minutes-since)
+            yield f'{k} {v:g} in {minutes:.1f} min' if minutes<=left else f'{k} {v:g} not before the end at this pace'

@@ -1,5 +1,5 @@
 "Each trick alone and with the others, under every kind of fit; afterwards the Learner is as it was"
-import itertools
+import itertools, time
 from functools import partial
 import pytest, torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -191,6 +191,15 @@ def test_tensorboard_counts_pictures_of_uneven_batches(tmp_path):
     tensor_learner(10, bs=8, shuffle=False, drop_last=False).fit(1, cbs=TensorBoard(tmp_path, every=2))
     found = scalars(tmp_path)
     assert found['sizes/batch']==found['sizes/batch_total']==[5] and found['times/images_s'][0]==pytest.approx(5000/found['times/step'][0], rel=1e-4)
+
+def test_minutes_to_the_target_count_from_now():
+    "Half of the errors go in two minutes; the last epoch ended a minute ago"
+    rows = [dict(minutes=m, top1=a) for m,a in ((2,.6), (4,.8), (6,.9))]
+    live,learn = LiveView(),tensor_learner()
+    learn.add_cbs([live, log := EpochLog(), TimeToAccuracy(top1=.95)])
+    for ago,said in ((1,'in 1.0 min'), (5,'in 0.0 min')):
+        log.rows,log.began = rows,time.perf_counter()-60*(6+ago)
+        assert list(live._targets(1.5))==[f'top1 0.95 {said}']
 
 def test_loaders_wrapped_for_distributed_training_are_unwrapped_after_the_fit(few):
     "As `DistributedTrainer` does: wrap in before_fit (order 11), put back in after_fit"
