@@ -30,7 +30,7 @@ class RectTrainDL(ImageDL):
 
     def new(self, dataset=None, cls=None, **kwargs):
         "As `TfmdDL.new`; another data set gets its own aspect ratios"
-        aspects = self._aspects if dataset is None or dataset is self._aspects_of else None
+        aspects = self._aspects if (self.dataset if dataset is None else dataset) is self._aspects_of else None
         return super().new(dataset, cls, **{'aspects':aspects, 'n_shapes':self.n_shapes, 'multiple':self.multiple, **kwargs})
 
     def size(self)->int:

@@ -195,6 +195,13 @@ def test_copies_keep_out_what_was_held_out(small_photos, tmp_path):
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[PhaseData({0:'-sz/40'}), RectTraining(), Note()])
     assert len(names)==200 and not names&set(held.dataset.items.names().tolist())
 
+def test_another_data_set_has_its_own_aspects(dls):
+    "Also when it took the place of the first, as other copies do, before a new loader is made"
+    dl = rect_of(dls)
+    assert len(dl.aspects)==400 and dl.new()._aspects is dl._aspects
+    dl.dataset,dl.n = dls.valid_ds,len(dls.valid_ds)
+    for o in (dl.new(),dl): assert o.aspects.tolist()==dls.valid_ds.items.aspects().tolist()
+
 def test_bad_input(dls, small_photos):
     for kwargs,message in ((dict(n_shapes=0),'`n_shapes`'), (dict(multiple=1.5),'`multiple`'), (dict(epochs={0:1}),'True or False'), (dict(epochs=-1),'not an epoch')):
         with pytest.raises(ValueError, match=message): RectTraining(**kwargs)
