@@ -1861,6 +1861,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'fastai_fastimagenet/rectval.py'),
                                              'fastai_fastimagenet.rectval.RectValidation.before_fit': ( 'rectval.html#rectvalidation.before_fit',
                                                                                                         'fastai_fastimagenet/rectval.py'),
+                                             'fastai_fastimagenet.rectval._check': ( 'rectval.html#_check',
+                                                                                     'fastai_fastimagenet/rectval.py'),
                                              'fastai_fastimagenet.rectval._crop_dl': ( 'rectval.html#_crop_dl',
                                                                                        'fastai_fastimagenet/rectval.py'),
                                              'fastai_fastimagenet.rectval._item_path': ( 'rectval.html#_item_path',

@@ -8,6 +8,7 @@ __all__ = ['rect_shape', 'kept', 'train_shapes', 'nearest_shape', 'fill_batches'
 # %% ../nbs/15_rect.ipynb #153d153b
 from statistics import median
 import numpy as np
+from .phase import is_num
 from fastcore.xtras import round_multiple
 from fastai.vision.core import *
 from fastai.vision.augment import *
@@ -103,7 +104,7 @@ class RectCrop(RandTransform):
         crop_pct:float=.875 # Share of the largest such crop that is kept
     ):
         super().__init__()
-        if not 0<crop_pct<=1: raise ValueError(f'`crop_pct` must be a share above 0, at most 1, got {crop_pct!r}')
+        if not is_num(crop_pct) or not 0<crop_pct<=1: raise ValueError(f'`crop_pct` must be a share above 0, at most 1, got {crop_pct!r}')
         self.size,self.crop_pct,self.shape = size,crop_pct,None
 
     def encodes(self, x:Image.Image):

@@ -7,6 +7,7 @@ __all__ = ['aspect_ratios', 'RectDL', 'RectImageDL', 'rect_dl', 'centre_dl', 'Re
 
 # %% ../nbs/24_rectval.ipynb #f2f4f99b
 from .core import *
+from .phase import is_int
 from .sizing import *
 from .index import *
 from .rect import *
@@ -94,7 +95,7 @@ def rect_dl(
     crop_pct:float|None=None # Share of the largest crop that is kept; by default that of the loader's own transforms
 )->RectDL:
     "Validation loader of rectangular batches, with the transforms of `dls.valid` but for those that set a size"
-    if not isinstance(multiple, int) or multiple<1: raise ValueError(f'`multiple` must be a whole number of pixels, 1 or more, got {multiple!r}')
+    _check(multiple, crop_pct)
     dl = _valid_dl(dls)
     return _crop_dl(dl, size, bs, crop_pct, cls=RectImageDL if isinstance(dl, ImageDL) else RectDL, multiple=multiple, aspects=getattr(dl, 'aspects', None))
 
@@ -107,6 +108,10 @@ def centre_dl(
     "As `rect_dl`, with square centre crops"
     dl = _valid_dl(dls)
     return _crop_dl(dl, size, bs, crop_pct, cls=ImageDL if isinstance(dl, ImageDL) else TfmdDL, shuffle=False, drop_last=False)
+
+def _check(multiple, crop_pct):
+    if not is_int(multiple) or multiple<1: raise ValueError(f'`multiple` must be a whole number of pixels, 1 or more, got {multiple!r}')
+    if crop_pct is not None: RectCrop(32, crop_pct)
 
 def _valid_dl(dls):
     dl = dl_layers(dls.valid if hasattr(dls, 'loaders') else dls)[-1]
@@ -144,6 +149,7 @@ class RectValidation(FitCallback):
     ):
         table = epochs if isinstance(epochs, dict) else {epochs:True}
         self.rect_epochs = check_table(table, 'epochs', lambda o: isinstance(o, bool), 'True or False')
+        _check(multiple, crop_pct)
         self.multiple,self.crop_pct = multiple,crop_pct
 
     def before_fit(self):

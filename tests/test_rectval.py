@@ -171,6 +171,10 @@ def test_rectangles_keep_the_margin_of_the_loader(small_photos, tmp_path, tfms, 
     crop = [f for f in rect_dl(dls).after_item.fs if isinstance(f, RectCrop)]
     assert [c.crop_pct for c in crop]==[share]
 
+@pytest.mark.parametrize('kwargs', [dict(multiple=0), dict(multiple=True), dict(multiple=32.), dict(crop_pct=0), dict(crop_pct=1.5), dict(crop_pct='all')])
+def test_bad_arguments_are_refused_before_the_fit(kwargs):
+    with pytest.raises(ValueError, match=f'`{[*kwargs][0]}` must be'): RectValidation(**kwargs)
+
 def test_points_are_refused_and_masks_keep_their_values(small_photos):
     files = sorted((small_photos/'val').rglob('*.jpg'))[:8]
     points = DataBlock((ImageBlock, PointBlock), get_items=lambda o: files, get_y=lambda f: torch.zeros(1,2), splitter=IndexSplitter(range(4)),
