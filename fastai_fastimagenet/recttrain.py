@@ -7,6 +7,7 @@ __all__ = ['RectTrainDL', 'RectTraining']
 
 # %% ../nbs/25_recttrain.ipynb #7edd10f0
 from .core import *
+from .phase import is_int
 from .sizing import *
 from .rect import *
 from .image_dl import *
@@ -15,23 +16,14 @@ from fastai.callback.core import *
 from fastai.vision.augment import *
 
 # %% ../nbs/25_recttrain.ipynb #738fc51b
-class RectTrainDL(ImageDL):
+class RectTrainDL(RectAspects, ImageDL):
     "Training `ImageDL` whose batches have one of a few shapes, the one that suits their pictures"
+    passed_on = ('n_shapes','multiple')
     has_shapes = property(lambda self: self.shuffle) # `get_preds` needs the pictures in order
+    find_aspects = staticmethod(lambda dataset: dataset.items.aspects())
     def __init__(self, dataset, bs=64, aspects=None, n_shapes=5, multiple=32, **kwargs):
         self.n_shapes,self.multiple,self._aspects,self._aspects_of,self._len = n_shapes,multiple,aspects,dataset,{}
         super().__init__(dataset, bs=bs, **kwargs)
-
-    @property
-    def aspects(self)->np.ndarray:
-        "Width/height of each picture; found anew when the data set was exchanged"
-        if self._aspects is None or self._aspects_of is not self.dataset: self._aspects,self._aspects_of = self.dataset.items.aspects(),self.dataset
-        return self._aspects
-
-    def new(self, dataset=None, cls=None, **kwargs):
-        "As `TfmdDL.new`; another data set gets its own aspect ratios"
-        aspects = self._aspects if (self.dataset if dataset is None else dataset) is self._aspects_of else None
-        return super().new(dataset, cls, **{'aspects':aspects, 'n_shapes':self.n_shapes, 'multiple':self.multiple, **kwargs})
 
     def size(self)->int:
         "Short side of the batches (pixels)"
@@ -60,35 +52,26 @@ class RectTrainDL(ImageDL):
         return self._len[key]
 
 # %% ../nbs/25_recttrain.ipynb #e0f19935
-class RectTraining(FitCallback):
+class RectTraining(RectEpochs):
     "Train on rectangles from an epoch on; the image size is that of the training loader, also when it changes, the batch size that of squares"
-    _stateattrs = ('plain','rect') # Not pickled with the callback
-    order = -8 # Before `ProgressiveResize` (-7), which sets the size of the loader that is in place
+    which = 0 # The training loader
     def __init__(self,
         epochs:int|dict=0, # First epoch with rectangles, or e.g. {0:True, 28:False}
         n_shapes:int=5, # At most so many shapes
         multiple:int=32 # The long side is a multiple of this, or the short side (pixels)
     ):
-        table = epochs if isinstance(epochs, dict) else {epochs:True}
-        self.rect_epochs = check_table(table, 'epochs', lambda o: isinstance(o, bool), 'True or False')
+        super().__init__(epochs)
         for name,v in (('n_shapes',n_shapes), ('multiple',multiple)):
-            if not isinstance(v, int) or v<1: raise ValueError(f'`{name}` must be a whole number, 1 or more, got {v!r}')
+            if not is_int(v) or v<1: raise ValueError(f'`{name}` must be a whole number, 1 or more, got {v!r}')
         self.n_shapes,self.multiple = n_shapes,multiple
 
-    def before_fit(self):
-        if not any(at_epoch(self.rect_epochs, e) for e in range(self.n_epoch)): warn(f'`RectTraining` starts at epoch {min(self.rect_epochs)}, this fit has {self.n_epoch}: it does nothing')
+    def make_rect(self):
         dl = dl_layers(self.dls.train)[-1]
         crop = [f for f in getattr(dl, 'after_item', Pipeline()).fs if type(f)==RandomResizedCrop]
         if not isinstance(dl, ImageDL) or not dl.made_by_pool() or not crop or crop[0].size[0]!=crop[0].size[1]:
             raise ValueError('`RectTraining` needs the loaders of `imagenet_dls`, with nothing but a square `RandomResizedCrop` and `FlipItem` as item transforms')
         if any(map(sets_size, dl.after_batch.fs)): raise ValueError('A batch transform that sets a size would make squares of the rectangles: leave out its `size`')
         if any(type(c).__name__=='DistributedTrainer' for c in self.learn.cbs): raise ValueError("`RectTraining` does not work in fastai's `distrib_ctx`. Use `with learn.ddp():` instead")
-        with no_random(): self.rect = dl.new(cls=RectTrainDL, n_shapes=self.n_shapes, multiple=self.multiple) # fastai may look at a picture, with random transforms
-        self.rect.rng = dl.rng
-        self.on_exit(setattr, self.dls, 'loaders', list(self.dls.loaders)) # Now, before `DistributedTrainer` (11) wraps them
-
-    def before_epoch(self):
-        on = bool(at_epoch(self.rect_epochs, self.epoch))
-        if on==(self.dls.loaders[0] is self.rect): return
-        if on: self.plain = self.dls.loaders[0]
-        self.learn.dls.loaders = [self.rect if on else self.plain, *self.dls.loaders[1:]]
+        with no_random(): rect = dl.new(cls=RectTrainDL, n_shapes=self.n_shapes, multiple=self.multiple) # fastai may look at a picture, with random transforms
+        rect.rng = dl.rng
+        return rect

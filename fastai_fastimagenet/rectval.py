@@ -52,23 +52,12 @@ def aspect_ratios(
     return [w/h for w,h in sizes]
 
 # %% ../nbs/24_rectval.ipynb #799e48ea
-class RectDL(TfmdDL):
+class RectDL(RectAspects, TfmdDL):
     "Validation `TfmdDL` of batches of similar aspect ratio; `after_item` holds a `RectCrop`"
+    find_aspects = staticmethod(aspect_ratios)
     def __init__(self, dataset, bs=64, aspects=None, multiple=32, **kwargs):
-        self._aspects,self.multiple = aspect_ratios(dataset) if aspects is None else aspects,multiple
-        self._aspects_of = dataset
+        self._aspects,self._aspects_of,self.multiple = aspect_ratios(dataset) if aspects is None else aspects,dataset,multiple
         super().__init__(dataset, bs=bs, **{**kwargs, 'shuffle':False, 'drop_last':False})
-
-    @property
-    def aspects(self)->list:
-        "Width/height of each picture; found anew when the data set was exchanged"
-        if self._aspects_of is not self.dataset: self._aspects,self._aspects_of = aspect_ratios(self.dataset),self.dataset
-        return self._aspects
-
-    def new(self, dataset=None, cls=None, **kwargs):
-        "As `TfmdDL.new`; another data set gets its own aspect ratios"
-        same = dataset is None or dataset is self.dataset
-        return super().new(dataset, cls, **{'aspects':self.aspects if same else None, 'multiple':self.multiple, **kwargs})
 
     def get_idxs(self): return sorted(range(self.n), key=lambda i: (self.aspects[i], i))
 
@@ -138,27 +127,19 @@ def _margin(fs):
     return 1/(1+getattr(fs[0], 'val_xtra', 0))
 
 # %% ../nbs/24_rectval.ipynb #3696d658
-class RectValidation(FitCallback):
+class RectValidation(RectEpochs):
     "Validate on rectangles from an epoch on; the image size is that of the validation loader, also when it changes"
-    _stateattrs = ('plain','rect') # Not pickled with the callback
-    order = -8 # Before `ProgressiveResize` (-7), which sets the size of the loader that is in place
+    which = 1 # The validation loader
     def __init__(self,
         epochs:int|dict=0, # First epoch with rectangles, or e.g. {0:False, 28:True}
         multiple:int=32, # The long side is rounded to a multiple of this (pixels)
         crop_pct:float|None=None # Share of the largest crop that is kept; by default that of the loader's own transforms
     ):
-        table = epochs if isinstance(epochs, dict) else {epochs:True}
-        self.rect_epochs = check_table(table, 'epochs', lambda o: isinstance(o, bool), 'True or False')
+        super().__init__(epochs)
         _check(multiple, crop_pct)
         self.multiple,self.crop_pct = multiple,crop_pct
 
-    def before_fit(self):
-        self.rect = rect_dl(self.dls, multiple=self.multiple, crop_pct=self.crop_pct)
-        self.on_exit(setattr, self.dls, 'loaders', list(self.dls.loaders)) # Now, before `DistributedTrainer` (11) wraps them
+    def make_rect(self): return rect_dl(self.dls, multiple=self.multiple, crop_pct=self.crop_pct)
 
     def before_epoch(self):
-        on = bool(at_epoch(self.rect_epochs, self.epoch))
-        if on==(self.dls.loaders[1] is self.rect): return
-        if on: self.plain = self.dls.loaders[1]
-        self.learn.dls.loaders = [self.dls.loaders[0], self.rect if on else self.plain, *self.dls.loaders[2:]]
-        if isinstance(self.dls.loaders[1], ImageDL): self.dls.loaders[1].expect()
+        if self.exchange() and isinstance(self.dls.loaders[1], ImageDL): self.dls.loaders[1].expect()

@@ -202,6 +202,10 @@ def test_another_data_set_has_its_own_aspects(dls):
     dl.dataset,dl.n = dls.valid_ds,len(dls.valid_ds)
     for o in (dl.new(),dl): assert o.aspects.tolist()==dls.valid_ds.items.aspects().tolist()
 
+def test_what_starts_after_the_fit_is_said(dls):
+    for cb,words in ((RectTraining({0:False, 10:True}),'starts at epoch 10, this fit has 1'), (RectValidation({0:False, 10:True}),'starts at epoch 10, this fit has 1')):
+        with (learn := learner(dls)).no_bar(), learn.no_logging(), pytest.warns(UserWarning, match=f'`{type(cb).__name__}` {words}'): learn.fit(1, cbs=cb)
+
 def test_bad_input(dls, small_photos):
     for kwargs,message in ((dict(n_shapes=0),'`n_shapes`'), (dict(multiple=1.5),'`multiple`'), (dict(epochs={0:1}),'True or False'), (dict(epochs=-1),'not an epoch')):
         with pytest.raises(ValueError, match=message): RectTraining(**kwargs)
