@@ -6,6 +6,8 @@
 __all__ = ['PoolTo', 'evaluating', 'to_any_size', 'zero_init_residual', 'resnet_small']
 
 # %% ../nbs/16_models.ipynb #f1365717
+from contextlib import ExitStack
+from .phase import is_int
 from fastai.basics import *
 from fastai.layers import *
 
@@ -53,21 +55,24 @@ def to_any_size(
     size:int=224, # Image side it was made for (pixels)
     c_in:int=3 # Channels of its images
 )->nn.Module: # The same `model`
-    "Make `model` take images of any size, `ValueError` if that cannot be done; larger squares and rectangles are tried"
-    if not isinstance(size, int): raise ValueError(f'`size` must be the side of square images (pixels), got {size!r}')
+    "Make `model` take images of any size; larger squares and rectangles are tried. `ValueError`, and the model as it was, if that cannot be done"
+    if not is_int(size): raise ValueError(f'`size` must be the side of square images (pixels), got {size!r}')
     p = next(model.parameters())
-    x = torch.randn(2, c_in, size, size, device=p.device, dtype=p.dtype)
-    with evaluating(model):
+    with no_random(): x = torch.randn(2, c_in, size, size, device=p.device, dtype=p.dtype)
+    with evaluating(model), ExitStack() as undo:
         try: before,calls = _trace(model, x)
         except (RuntimeError,AssertionError,ValueError) as e:
             raise ValueError(f'The model does not take {size}x{size} images with {c_in} channels. Pass the `size` it was made '
                              f'for. It says: {e}'.splitlines()[0]) from None
         maps = [c for c in calls if len(c[2])==4]
-        if maps: _make_adaptive(model, *maps[-1], len([c for c in maps if c[0] is maps[-1][0]]))
-        if not _takes_any(model, x, before.shape) and not any(_pool(model, x, before, c) for c in _once(maps)):
+        if maps: _make_adaptive(model, *maps[-1], len([c for c in maps if c[0] is maps[-1][0]]), undo)
+        if not _takes_any(model, x, before.shape) and not any(_pool(model, x, before, c, undo) for c in _once(maps)):
             raise ValueError('`to_any_size` is for convolutional models, and found no single feature map to pool in this one: give it '
                              'an `nn.AdaptiveAvgPool2d` before its head, or train at one size')
-        if not torch.allclose(before, model(x), rtol=1e-4, atol=1e-5): raise ValueError('The model computes something else afterwards')
+        if not torch.allclose(before, model(x), rtol=1e-4, atol=1e-5):
+            raise ValueError('With a pool that takes any size the model gives another output for the same images, so it is left as it was. If it draws '
+                             'random numbers in eval mode too, stop that; else give it an `nn.AdaptiveAvgPool2d` before its head, or train at one size')
+        undo.pop_all()
     return model
 
 def _takes_any(model, x, shape):
@@ -76,18 +81,21 @@ def _takes_any(model, x, shape):
     try: return all(model(F.interpolate(x, size=s)).shape==shape for s in ((size*3//2,)*2, (size,size*2)))
     except (RuntimeError,AssertionError,ValueError): return False
 
-def _make_adaptive(model, m, inp, out, times):
+def _make_adaptive(model, m, inp, out, times, undo):
     "If the last map comes from a fixed average pool, make it adaptive: it runs at larger sizes, but sees a corner only"
     pool = isinstance(m, nn.AvgPool2d) and times==1 and _adaptive(m, inp, out)
-    if pool: _replace(model, m, pool)
+    if not pool: return
+    _replace(model, m, pool)
+    undo.callback(_replace, model, pool, m)
 
 def _once(maps):
     "The last ten maps of layers that run only once, last first; a layer that runs in several places cannot pool for one"
     return [c for c in maps if sum(o[0] is c[0] for o in maps)==1][:-11:-1]
 
-def _pool(model, x, before, call):
+def _pool(model, x, before, call, undo):
     "Pool the output of one layer to the shape it has now; does `model` take any size then?"
     hook = call[0].register_forward_hook(PoolTo(call[2][-2:]))
+    undo.callback(hook.remove)
     if _takes_any(model, x, before.shape): return True
     hook.remove()
 
@@ -111,7 +119,7 @@ def resnet_small(
     n_out:int, # Classes
     width:int=16 # Channels of the first stage; ResNet-18 has 64
 )->nn.Module:
-    "ResNet-18 with fewer channels, with blocks of fastai, which start as nothing"
+    "ResNet-18 with fewer channels, of fastai's `ResBlock`s, whose residual branches give zero at the start, so that each block is the identity"
     def stage(ni, nf, stride): return [ResBlock(1, ni, nf, stride=stride), ResBlock(1, nf, nf)]
     stages = [stage(width*max(1, 2**(i-1)), width*2**i, 1 if i==0 else 2) for i in range(4)]
     return nn.Sequential(ConvLayer(3, width, ks=5, stride=2), nn.MaxPool2d(3, 2, 1), *sum(stages, []),

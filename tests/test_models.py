@@ -104,6 +104,34 @@ def test_refused(model, words):
     with pytest.raises(ValueError, match='AdaptiveAvgPool2d'): to_any_size(TwoBranches(), 32)
     with pytest.raises(ValueError, match=words): to_any_size(model)
 
+class Noisy(FunctionalPool):
+    "Another output each time; with a layer that pools, or a function that does"
+    def __init__(self, layer):
+        super().__init__()
+        self.pool = nn.AvgPool2d(4) if layer else lambda x: F.avg_pool2d(x, 4)
+    def forward(self, x): return self.head(self.pool(self.conv(x)).flatten(1))+torch.rand(5)
+
+class PoolBeside(TwoBranches):
+    "The last map comes from a fixed pool, but two others are flattened"
+    def __init__(self):
+        super().__init__()
+        self.pool,self.head = nn.AvgPool2d(16),nn.Linear(2*4*16*16+4,5)
+    def forward(self, x):
+        a,b = self.a(x),self.b(x)
+        return self.head(torch.cat([o.flatten(1) for o in (a,b,self.pool(b))], 1))
+
+@pytest.mark.parametrize('make,words', [(lambda: Noisy(True), 'another output for the same images'), (lambda: Noisy(False), 'another output'), (PoolBeside, 'no single feature map')])
+def test_a_refused_model_is_as_it_was(make, words):
+    model = make()
+    before = [(type(m), len(m._forward_hooks), m.training) for m in model.modules()]
+    with pytest.raises(ValueError, match=words): to_any_size(model, 32)
+    assert [(type(m), len(m._forward_hooks), m.training) for m in model.modules()]==before
+
+def test_random_numbers_stay():
+    model,state = plain_sequential(),torch.get_rng_state()
+    to_any_size(model, 64)
+    assert torch.get_rng_state().equal(state)
+
 @pytest.mark.parametrize('make,born,n', [(torchvision.models.resnet18,0,8), (torchvision.models.resnet50,0,16), (lambda: resnet_small(5),8,8)])
 def test_zero_init_residual(make, born, n):
     torch.manual_seed(0)
