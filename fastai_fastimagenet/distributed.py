@@ -133,7 +133,8 @@ def ddp(self:Learner,
         raise ValueError('This Learner is in fastai\'s `distrib_ctx`, whose validation counts padding as pictures and whose loaders ignore a '
                          'change of batch size. Use `with learn.ddp():` instead')
     inside = any(isinstance(c, DDPTrainer) for c in self.cbs)
-    if inside and kwargs: raise ValueError(f'{", ".join(kwargs)}: say it to the outer `learn.ddp()`')
+    given = [*kwargs, *(['timeout'] if timeout is not None else [])]
+    if inside and given: raise ValueError(f'{", ".join(given)}: this is inside another `learn.ddp()`, which has its settings already; give it to the outer `learn.ddp()`')
     trainer = DDPTrainer(**kwargs) # Wrong arguments are wrong on one process too
     with lost_peers():
         if inside or not init_group(timeout): yield self

@@ -173,6 +173,9 @@ def test_wrong_options():
     with pytest.raises(ValueError, match='takes find_unused'): DDPTrainer(find_unused=True)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match='needs GPUs'): DDPTrainer(sync_bn=True)
+    inner = Learner(DataLoaders(TfmdDL([1.], num_workers=0)), nn.Linear(1,1), nn.MSELoss(), cbs=DDPTrainer())
+    for kwargs in (dict(timeout=5), dict(compress='fp16')):
+        with pytest.raises(ValueError, match=f'{[*kwargs][0]}: .*give it to the outer `learn.ddp\\(\\)`'): inner.ddp(**kwargs).__enter__()
     with pytest.raises(ValueError, match='`timeout` must be a number of minutes'): Learner(DataLoaders(TfmdDL([1.], num_workers=0)), nn.Linear(1,1), nn.MSELoss()).ddp(timeout='5').__enter__()
     learn = Learner(DataLoaders(TfmdDL([1.], num_workers=0)), nn.Linear(1,1), nn.MSELoss())
     learn.add_cb(type('DistributedTrainer', (DDPTrainer,), {})())
