@@ -10,10 +10,10 @@ import fcntl, hashlib, json, multiprocessing, os, shutil, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 import simplejpeg, numpy as np
-from fastcore.foundation import num_cpus
-from fastcore.script import call_parse
+from fastcore.all import call_parse, delegates, num_cpus
 from torch.utils.data import get_worker_info
 from .cli import *
+from .phase import is_int
 from .decode import *
 from .pool import *
 from .copies import *
@@ -108,9 +108,8 @@ def _raw_need(copier):
 def _check_space(copier):
     need = (_raw_need if copier.raw else _jpeg_need)(copier)+500*len(copier.todo)*len(copier.sets) # Index and manifest
     free = shutil.disk_usage(copier.dst).free
-    less = '`--format jpeg`, which needs a tenth' if copier.raw else 'a lower `--quality`'
-    if need>free: raise ValueError(f'The copies need {need/1e6:,.1f} MB, {copier.dst} has {free/1e6:,.1f} MB free. '
-                                   f'Make room, or give a folder on another disk, fewer sizes, or {less}')
+    if need>free: raise ValueError(f'The copies need {need/1e6:,.1f} MB, {copier.dst} has {free/1e6:,.1f} MB free. Make room, or give a folder on another '
+                                   f'disk, fewer sizes, or {"`--format jpeg`, which needs a tenth" if copier.raw else "a lower `--quality`"}')
 
 # %% ../nbs/15_presize.ipynb #bd60fce3
 @contextmanager
@@ -118,18 +117,17 @@ def _locked(dst):
     (dst/'.presize').mkdir(parents=True, exist_ok=True)
     until = time.monotonic()+10
     with open(dst/'.presize/lock', 'a') as f:
-        while not _lock(f):
+        while True:
+            try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+            except BlockingIOError: time.sleep(.1)
+            else: break
             if time.monotonic()>until: raise ValueError(f'Another run is writing into {dst}: wait until it has ended, or give another folder')
-            time.sleep(.1)
         try: yield
         finally: fcntl.flock(f, fcntl.LOCK_UN)
 
-def _lock(f):
-    try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-    except BlockingIOError: return False
-    return True
-
 # %% ../nbs/15_presize.ipynb #7ccceba7
+def _clock(seconds): return f'{int(seconds)//3600:02}:{int(seconds)//60%60:02}:{int(seconds)%60:02}'
+
 class _Progress:
     "One line, rewritten on a terminal, else a new one every ten seconds"
     def __init__(self, done, total, failed): self.done,self.total,self.failed,self.n,self.began,self.said = done,total,failed,0,time.time(),time.time()
@@ -138,7 +136,7 @@ class _Progress:
         every,now = .2 if sys.stdout.isatty() else 10,time.time()
         if now-self.said<every: return
         self.said,rate,done = now,self.n/(now-self.began),self.done+self.n
-        left = time.strftime('%H:%M:%S', time.gmtime((self.total-done)/rate))
+        left = _clock((self.total-done)/rate)
         line = f'{done}/{self.total} {100*done//self.total} %, {rate:.0f} pictures/s, {left} left, failures: {self.failed}'
         print(f'\r{line}\033[K' if sys.stdout.isatty() else line, end='' if sys.stdout.isatty() else '\n', flush=True)
 
@@ -151,8 +149,8 @@ def _checked(src, dst, short, format, workers, quality):
     shorts = short.split(',') if isinstance(short, str) else short if isinstance(short, (list,tuple)) else [short]
     if not shorts or not all(str(o).strip().isdecimal() and int(o)>=8 for o in shorts):
         raise ValueError(f'`short` must be one or more whole numbers, 8 or more, e.g. 160,352, got {short!r}')
-    if not (isinstance(quality, int) and 1<=quality<=100): raise ValueError(f'`quality` must be between 1 and 100, got {quality!r}')
-    if workers is not None and workers<0: raise ValueError(f'`workers` must be 0 or more, got {workers}')
+    if not (is_int(quality) and 1<=quality<=100): raise ValueError(f'`quality` must be between 1 and 100, got {quality!r}')
+    if workers is not None and not (is_int(workers) and workers>=0): raise ValueError(f'`workers` must be a whole number, 0 or more, got {workers!r}')
     dst = Path(dst).expanduser().resolve() if dst else src.with_name(f'{src.name}-{"raw" if format=="raw" else "sz"}')
     sizes = sorted({int(o) for o in shorts})
     for f in (dst, *(dst/str(s) for s in sizes)):
@@ -180,34 +178,39 @@ def presize(
 )->list: # [(Path, reason)] of the damaged pictures
     "Copy all pictures below `src` with each short side, into a folder for each below `dst`; what is there is not made again"
     src,dst,sizes = _checked(src, dst, short, format, workers, quality)
+    began,workers,settings = time.time(),num_cpus() if workers is None else workers,dict(src=str(src), format=format, quality=quality, exif=exif)
+    _check_settings(dst, sizes, settings) # Before anything is made
+    index = _sources(src, workers)
     with _locked(dst):
-        settings = dict(src=str(src), format=format, quality=quality, exif=exif)
-        _check_settings(dst, sizes, settings)
-        return _presize(src, dst, sizes, settings, num_cpus() if workers is None else workers, strict)
+        _check_settings(dst, sizes, settings) # Another run may have ended just now
+        return _presize(src, dst, sizes, settings, index, workers, strict, began)
 
-def _presize(src, dst, sizes, settings, workers, strict):
-    began,state = time.time(),dst/'.presize'
-    for f in [f for s in sizes for f in (dst/str(s)).glob(f'{index_name}.*')]: f.unlink()
+def _sources(src, workers):
+    "The index of `src`, if all of it can be copied"
     index = index_folder(src, workers=workers)
     if len(index)==0 or index.table['kind'][0]==RAW: raise ValueError(f'{src} holds no pictures that can be read')
-    at = {os.fsdecode(n): i for i,n in enumerate(index.table['name'].tolist())}
-    sets = [CopySet(dst, s, index, at, settings['format']=='raw', settings['exif']) for s in sizes]
-    for o in sets: o.read_journal(state/'journal', at)
-    copier = Copier(src, dst, index, sets, settings['quality'], settings['exif'])
     for f,why in index.bad:
         if f.is_dir(): raise ValueError(f'{f} cannot be read ({why}), and copies of what is in it would be taken for superfluous: make it readable, or remove it')
+    return index
+
+def _presize(src, dst, sizes, settings, index, workers, strict, began):
+    for f in [f for s in sizes for f in (dst/str(s)).glob(f'{index_name}.*')]: f.unlink()
+    at = {os.fsdecode(n): i for i,n in enumerate(index.table['name'].tolist())}
+    sets,journal = [CopySet(dst, s, index, at, settings['format']=='raw', settings['exif']) for s in sizes],dst/'.presize/journal'
+    for o in sets: o.read_journal(journal, at)
+    copier = Copier(src, dst, index, sets, settings['quality'], settings['exif'])
     bad,new,unread = {os.path.relpath(f, src): why for f,why in index.bad},{},{}
     failed = bad | {n: e for o in sets for n,e in zip(o.names, o.rows['error']) if e}
     if strict: _stop(src, failed)
     if len(copier.todo):
         _check_space(copier)
-        write_file(state/'settings.json', json.dumps(settings).encode())
+        write_file(dst/'.presize/settings.json', json.dumps(settings).encode())
         for o in sets: o.prepare(copier.todo)
         new,unread = _copy(copier, workers, len(failed), strict)
         failed,bad = failed|new|unread,bad|unread
-        for o in sets: o.read_journal(state/'journal', at)
+        for o in sets: o.read_journal(journal, at)
     for o in sets: o.finish(bad)
-    (state/'journal').unlink(missing_ok=True)
+    journal.unlink(missing_ok=True)
     mb = sum(int(o.rows['bytes'].sum()) for o in sets)/1e6
     print(f'{len(index)+len(index.bad)} pictures, {len(copier.todo)-len(new)-len(unread)} of them copied now; {mb:,.1f} MB in {", ".join(str(o.folder) for o in sets)}; '
           f'{time.time()-began:.1f} s; failures: {len(failed)}{", see manifest.csv" if failed else ""}')
@@ -233,18 +236,15 @@ def _copy(copier, workers, failed, strict):
 
 # %% ../nbs/15_presize.ipynb #16154f39
 @call_parse(pos=('src','dst'))
+@delegates(presize)
 def main(
     src:str, # Folder of pictures, at any depth
     dst:str=None, # Folder for the copies; by default SRC-sz or SRC-raw
     short:str='160,352', # Short sides of the copies (pixels)
-    workers:int=None, # Processes; by default one for each core
-    format:str='jpeg', # jpeg, or raw: pixels one after the other, in a few large files
-    quality:int=90, # Of JPEG copies, 1 to 100
-    exif:bool=False, # Turn the copies as the EXIF orientation says
-    strict:bool=False, # Stop at the first damaged picture
-    version:ShowVersion=''
+    version:ShowVersion='',
+    **kwargs
 ):
     "Copy all pictures below SRC with other short sides; what is there is not made again. Names stay, also that of a PNG, whose copy is a JPEG"
-    try: presize(src, dst, short, format, workers, quality, exif, strict)
+    try: presize(src, dst, short, **kwargs)
     except (ValueError,OSError) as e: sys.exit(f'fastimagenet-presize: {e}')
     except KeyboardInterrupt: sys.exit('\nfastimagenet-presize: interrupted; the same command goes on')

@@ -303,12 +303,16 @@ def test_bad_input(small, tmp_path):
         with pytest.raises(ValueError, match=message): presize(**{**dict(src=small, dst=tmp_path/'out', short=32), **kwargs})
     assert not (tmp_path/'out').exists()
     (tmp_path/'empty').mkdir()
-    with pytest.raises(ValueError, match='holds no pictures'): presize(tmp_path/'empty', tmp_path/'out', 32)
+    with pytest.raises(ValueError, match='holds no pictures'): presize(tmp_path/'empty', tmp_path/'deep/out', 32)
+    assert not (tmp_path/'deep').exists() and not list((tmp_path/'empty').iterdir()), 'nothing is left of a run that was refused'
     (tmp_path/'own/32').mkdir(parents=True)
     with pytest.raises(ValueError, match='was there before'): presize(small, tmp_path/'own', 32)
+    assert [f.name for f in (tmp_path/'own').iterdir()]==['32']
     presize(small, tmp_path/'done', 32, workers=0)
     for kwargs in (dict(quality=80), dict(format='raw'), dict(exif=True), dict(src=small/'train')):
         with pytest.raises(ValueError, match='were made with'): presize(**{**dict(src=small, dst=tmp_path/'done', short=32), **kwargs})
+
+def test_time_left_may_be_days(): assert [module._clock(s) for s in (59.9, 3661, 26*3600)]==['00:00:59','01:01:01','26:00:00']
 
 def test_command_line(small, tmp_path):
     r = run(*command, tmp_path/'none', ok=False)
