@@ -141,7 +141,7 @@ def _raw_index(root, table, whence):
     for k in np.unique(table['file']):
         file,end = root/pixel_file(k),ends[table['file']==k].max()
         if not file.is_file() or file.stat().st_size<end:
-            raise ValueError(f'{file} is missing or shorter than the {end} bytes that {whence} needs: make the copies again, or delete it')
+            raise ValueError(f'{file} is missing or shorter than the {end} bytes that {whence} needs: make the copies again, or delete {whence}')
     return ImageIndex(root, table, whence, [])
 
 def _split(table, only):

@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+from .phase import is_int
 
 # %% ../nbs/10_photos.ipynb #be119189
 _S = 160 # Side of the grid (pixels)
@@ -116,6 +117,7 @@ def render(
     short:int=160, # Short side (pixels)
 )->tuple: # Pillow image (RGB) and class number
     "Render one picture"
+    if split not in ('train','val'): raise ValueError(f"`split` must be 'train' or 'val', got {split!r}")
     rng,cls = np.random.default_rng([seed, ('train','val').index(split), i]),i%len(classes)
     aspect = max(1, rng.choice(_aspects, p=_shares)*(1+rng.normal()*.02))
     w,h = round(short*aspect),short
@@ -152,7 +154,7 @@ def photos(
 )->Path: # Folder with `train` and `val`, a folder for each class in each
     "Render the data set if it is not there yet; it appears when it is complete"
     for name,v,least in (('n_train',n_train,1), ('n_valid',n_valid,1), ('short',short,8), ('seed',seed,0)):
-        if not isinstance(v, int) or v<least: raise ValueError(f'`{name}` must be a whole number, {least} or more, got {v!r}')
+        if not is_int(v) or v<least: raise ValueError(f'`{name}` must be a whole number, {least} or more, got {v!r}')
     path = Path(path or Path(os.environ.get('FASTAI_HOME', '~/.fastai'))/'data').expanduser()
     dest = path/f'fastimagenet_photos_v1_{n_train}_{n_valid}_{short}_{seed}'
     if dest.exists(): return dest

@@ -1,5 +1,5 @@
 "Loaders of a folder: what a batch is, how epochs follow each other, and everything that fastai does with them"
-import copy, gc, itertools, math, os, pickle, shutil, subprocess, sys, time
+import copy, gc, itertools, math, os, pickle, re, shlex, shutil, subprocess, sys, time
 from collections import Counter
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -213,6 +213,16 @@ def test_missing_copies_are_said(small_photos, capsys):
         plain = ImageDataLoaders.from_folder(small_photos, valid='val', item_tfms=Resize(32), bs=16, num_workers=0)
         Learner(plain, resnet_small(20, 4)).fit(1, cbs=PhaseData({0:'-sz/160'}))
     with pytest.raises(ValueError, match='suffix of a folder'): PhaseData({0:160})
+
+def test_the_command_for_copies_can_be_pasted(small_photos, tmp_path, capsys):
+    path = tmp_path/'my photos'
+    path.symlink_to(small_photos)
+    dls = imagenet_dls(path, 32, 16, workers=0)
+    dls.path = path
+    learn = Learner(dls, resnet_small(dls.c, 4))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=PhaseData({0:'-sz/160'}))
+    command = re.search('Make it by `(.+)`', capsys.readouterr().out)[1]
+    assert shlex.split(command)==['fastimagenet-presize',str(path),'--short','160']
 
 def test_copies_of_other_classes_are_refused(small_photos, tmp_path):
     path = tmp_path/'d'

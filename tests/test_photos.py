@@ -25,9 +25,12 @@ def test_splits_and_seeds_differ():
     px = lambda *a, **k: np.asarray(render(*a, short=48, **k)[0]).tobytes()
     assert len({px(3), px(3,'val'), px(3, seed=1), px(23)})==4
 
-@pytest.mark.parametrize('kw', [dict(n_train=0), dict(n_valid=-1), dict(short=1.5), dict(seed=-1)])
+@pytest.mark.parametrize('kw', [dict(n_train=0), dict(n_valid=-1), dict(short=1.5), dict(n_train=True), dict(seed=-1)])
 def test_bad_arguments(kw, tmp_path):
     with pytest.raises(ValueError, match=next(iter(kw))): photos(path=tmp_path, **kw)
+
+def test_the_split_is_checked():
+    with pytest.raises(ValueError, match="`split` must be 'train' or 'val', got 'valid'"): render(0, 'valid')
 
 def full_disk(i, **kwargs):
     if i>10: raise OSError('no space')
