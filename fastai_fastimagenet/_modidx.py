@@ -1991,6 +1991,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastai_fastimagenet/sizing.py'),
                                             'fastai_fastimagenet.sizing.sizers': ('sizing.html#sizers', 'fastai_fastimagenet/sizing.py')},
             'fastai_fastimagenet.state': { 'fastai_fastimagenet.state._number': ('state.html#_number', 'fastai_fastimagenet/state.py'),
+                                           'fastai_fastimagenet.state._short': ('state.html#_short', 'fastai_fastimagenet/state.py'),
                                            'fastai_fastimagenet.state.check_run': ('state.html#check_run', 'fastai_fastimagenet/state.py'),
                                            'fastai_fastimagenet.state.checkpoint_pos': ( 'state.html#checkpoint_pos',
                                                                                          'fastai_fastimagenet/state.py'),

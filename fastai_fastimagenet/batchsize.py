@@ -7,6 +7,7 @@ __all__ = ['DynamicBatchSize']
 
 # %% ../nbs/21_batchsize.ipynb #c08944b9
 from .core import *
+from .phase import is_int
 from .sizing import *
 from .group import *
 from .memory import *
@@ -22,7 +23,7 @@ class DynamicBatchSize(ScaleLR):
         scale_lr:bool=True, # Multiply lr by the batch size in force over that of epoch 0? With 'auto', over that of the loader
     ):
         self.auto = sizes=='auto'
-        self.batch_sizes = {} if self.auto else check_table(sizes, 'sizes', lambda o: isinstance(o, int) and o>0 and o is not True, 'a whole number of images, 1 or more')
+        self.batch_sizes = {} if self.auto else check_table(sizes, 'sizes', lambda o: is_int(o) and o>0, 'a whole number of images, 1 or more')
         self.scale_lr = scale_lr
 
     def before_fit(self):
@@ -47,7 +48,7 @@ class DynamicBatchSize(ScaleLR):
         size = dl_size(self.dls.train) if sizers(self.dls.train) else 0
         if size not in self.found:
             self.found[size] = largest_batch(self.learn)
-            say(f'Largest batch at {size} px: {self.found[size]} images per process')
+            say(f'Largest batch{f" at {size} px" if size else ""}: {self.found[size]} images per process')
         return self.found[size]
 
     def state_dict(self): return dict(found=self.found) if self.auto else {}

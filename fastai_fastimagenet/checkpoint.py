@@ -103,7 +103,9 @@ class Checkpoint(FitCallback):
         if self.world>1: dist.broadcast_object_list(found, 0)
         state,self.file,refused = found
         for r in refused: say(f'Not used: {r}')
-        if state is None: raise ValueError(f'{self.folder} holds no checkpoint to resume from: {"; ".join(refused) or "it has none"}')
+        if state is None:
+            raise ValueError(f'{self.folder} holds no checkpoint to resume from' +
+                             (f': {"; ".join(refused)}' if refused else '. Give the folder of an earlier fit, or leave out `resume`'))
         self.seed = state['seed']
         self.learn.model.load_state_dict(state['model'])
         named = dict(self.learn.model.named_parameters())

@@ -6,6 +6,7 @@
 __all__ = ['splits', 'image_folder', 'class_of', 'find_images', 'imagenet_dls', 'dataset']
 
 # %% ../nbs/17_loader.ipynb #1c9f2e17
+from .phase import is_int, is_num
 from .group import *
 from .pool import *
 from .index import *
@@ -90,15 +91,17 @@ def imagenet_dls(
     dtype:torch.dtype=torch.float32 # Of the batches; with `batch_tfms` always float32
 )->DataLoaders:
     "`DataLoaders` for a folder in ImageNet's layout; `dls.skipped` are the files left out, with the reason"
-    for name,v,ok,what in (('size',size,isinstance(size, int) and size>=8,'a whole number of pixels, 8 or more'), ('bs',bs,isinstance(bs, int) and bs>0,'a whole number, 1 or more'),
-                           ('min_scale',min_scale,0<min_scale<=1,'an area share above 0, at most 1'), ('workers',workers,workers is None or workers>=0,'0 or more')):
+    for name,v,ok,what in (('size', size, is_int(size) and size>=8, 'a whole number of pixels, 8 or more'),
+                           ('bs', bs, is_int(bs) and bs>0, 'a whole number, 1 or more'),
+                           ('min_scale', min_scale, is_num(min_scale) and 0<min_scale<=1, 'an area share above 0, at most 1'),
+                           ('workers', workers, workers is None or is_int(workers) and workers>=0, 'a whole number, 0 or more')):
         if not ok: raise ValueError(f'`{name}` must be {what}, got {v!r}')
     train,valid,vocab,bad = rank0_first(find_images, path, exif)
     if bad and strict: raise ValueError(f'{len(bad)} files cannot be decoded: {bad[0][0]} ({bad[0][1]}), ... Remove them, or leave out `strict`')
     world = num_distrib() or 1
     if len(train)<bs*world:
         raise ValueError(f'{path} has {len(train)} training pictures, fewer than one batch of {bs}{f" for each of {world} processes" if world>1 else ""}. '
-                         'Take another schedule, or smaller batches with `Schedule.scale_to` in Python')
+                         f'Use {f"`bs={len(train)//world}` or less" if len(train)>=world else "fewer processes"}')
     if workers is None: workers = min(8, max(1, num_cpus()//int(os.environ.get('LOCAL_WORLD_SIZE', world)))) if sys.platform=='linux' else 0
     pool = WorkerPool(make_batch, workers, pin_memory=torch.cuda.is_available())
     norm = [NormalizeBytes(*imagenet_stats, dtype)] if not batch_tfms else [IntToFloatTensor(), *L(batch_tfms), Normalize.from_stats(*imagenet_stats)]

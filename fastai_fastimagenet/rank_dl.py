@@ -77,7 +77,8 @@ class RankDL(TfmdDL):
         at_first=noop # Called when the first batch is there, before its batch transforms
     ):
         if not isinstance(dl, DataLoader):
-            raise ValueError(f'Only fastai loaders can be shared between processes, got {type(dl)}. Use `DataLoader` or `TfmdDL` of fastai.data')
+            raise ValueError(f'`learn.ddp()` and `Checkpoint` need a fastai `DataLoader` or `TfmdDL`, got {type(dl).__module__}.{type(dl).__name__}. '
+                             'Make the loaders with fastai, e.g. by `DataLoaders.from_dsets`')
         if dl.n is None or dl.bs is None: raise ValueError('A data set without a length, or a loader without a batch size, cannot be shared between processes')
         self.dl,self.is_train,self.seed,self.cuts,self.on_step,self.at_first = dl,train,seed,list(cuts),on_step,at_first
         self.planned,self.done = None,sum(n for _,n,_ in self.cuts) # Pictures of the epoch that were seen before, by all processes together

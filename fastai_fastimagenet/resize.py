@@ -7,6 +7,7 @@ __all__ = ['ProgressiveResize']
 
 # %% ../nbs/20_resize.ipynb #05ad20ae
 from .core import *
+from .phase import is_int
 from .sizing import *
 from fastai.basics import *
 from fastai.callback.core import *
@@ -21,7 +22,7 @@ class ProgressiveResize(FitCallback):
         min_scale:dict|None=None, # First epoch -> smallest area share of RandomResizedCrop, e.g. {0:.08, 3:.35}
         valid:bool=True, # Change the size of validation too?
     ):
-        self.sizes = check_table(sizes, 'sizes', lambda o: isinstance(o, int) and o>=8, 'a whole number of pixels, 8 or more')
+        self.sizes = check_table(sizes, 'sizes', lambda o: is_int(o) and o>=8, 'a whole number of pixels, 8 or more')
         self.min_scales = min_scale and check_table(min_scale, 'min_scale', lambda o: 0<o<=1, 'above 0, at most 1')
         self.resize_valid = valid
 

@@ -47,7 +47,10 @@ def read_checkpoint(
     if not isinstance(state, dict) or state.get('format')!=_format: raise ValueError(f'{file} is no checkpoint of this version of fastai_fastimagenet')
     return state
 
-_others = dict(model='another model', optimizer='another optimizer', n_epoch='a fit of another number of epochs', data='other training pictures', meta='other settings or another table')
+_others = dict(model='another model', optimizer='another optimizer', n_epoch='a fit of another number of epochs', data='other training pictures',
+               meta='other settings or another table')
+
+def _short(o): return ' '.join(o) if isinstance(o, list) else str(o)
 
 def check_run(
     file, # For the message
@@ -55,7 +58,8 @@ def check_run(
     ours:dict # The same of the fit that is to go on
 ):
     "`ValueError` if a checkpoint belongs to another fit"
-    wrong = [what for k,what in _others.items() if theirs[k]!=ours[k]]
+    def which(k): return f' ({_short(theirs[k])}, this one has {_short(ours[k])})' if k in ('n_epoch','optimizer') else ''
+    wrong = [what+which(k) for k,what in _others.items() if theirs[k]!=ours[k]]
     if wrong: raise ValueError(f'{file} belongs to {", ".join(wrong)}')
 
 def checkpoint_pos(

@@ -108,6 +108,10 @@ def test_what_cannot_be_split():
     with pytest.raises(ValueError, match='even one by one'): fit(Limited(0), AutoMicroBatch())
     with pytest.raises(RuntimeError, match='gradient accumulation'): fit(InBackward(3), AutoMicroBatch(), GradientAccumulation(16))
 
+def test_the_batch_of_data_without_a_size(capsys):
+    fit(Limited(6), DynamicBatchSize('auto'))
+    assert 'Largest batch: 6 images per process' in capsys.readouterr().out
+
 class Break(Callback):
     def after_batch(self):
         if self.learn.train_iter==5: raise RuntimeError('broken on purpose')

@@ -7,7 +7,7 @@ import math, signal, time
 import numpy as np
 from torch import nn
 from torch.nn import functional as F
-from fastai.vision.all import Callback, DataLoaders, Learner, Path, PILImage, tensor
+from fastai.vision.all import Callback, DataLoaders, Learner, OptimWrapper, Path, PILImage, tensor
 from fastai_fastimagenet.all import *
 from fastai_fastimagenet import checkpoint
 from fastai_fastimagenet.state import checkpoints, read_checkpoint, write_checkpoint
@@ -71,8 +71,13 @@ def test_damaged_and_foreign(tmp_path, capsys):
     assert len(files)==4 and files[-1].name=='0001-000000032.pt'
     with pytest.raises(ValueError, match='holds checkpoints of an earlier fit'): fit(learner(), Checkpoint(tmp_path))
     with pytest.raises(ValueError, match='another model'): fit(learner(nn.Linear(4, 2)), Checkpoint(tmp_path, resume=True))
-    with pytest.raises(ValueError, match='another number of epochs'): fit(learner(), Checkpoint(tmp_path, resume=True), n=3)
+    with pytest.raises(ValueError, match=r'another number of epochs \(2, this one has 3\)'): fit(learner(), Checkpoint(tmp_path, resume=True), n=3)
     with pytest.raises(ValueError, match='other training pictures'): fit(learner(n=28), Checkpoint(tmp_path, resume=True))
+    with pytest.raises(ValueError, match=r'another optimizer \(Optimizer weight_decay .*, this one has SGD\)'):
+        other = learner()
+        other.opt_func = partial(OptimWrapper, opt=torch.optim.SGD)
+        fit(other, Checkpoint(tmp_path, resume=True))
+    with pytest.raises(ValueError, match='to resume from. Give the folder of an earlier fit'): fit(learner(), Checkpoint(tmp_path/'none', resume=True))
     files[-1].write_bytes(files[-1].read_bytes()[:-100])
     files[-2].write_bytes(b'')
     torch.save(dict(model={}), files[-3])
@@ -148,6 +153,11 @@ def test_spot_notice(tmp_path, monkeypatch):
     server.shutdown()
     assert all(asked) and len(asked)==3 and len(checkpoints(tmp_path))==3 # Both ends of epochs, and one more
 
+def test_a_loader_of_pytorch_is_refused(tmp_path):
+    dl = torch.utils.data.DataLoader([(torch.zeros(4), torch.tensor(1.))]*8, batch_size=4)
+    with pytest.raises(ValueError, match='`Checkpoint` need a fastai `DataLoader` or `TfmdDL`, got torch.utils.data.dataloader.DataLoader'):
+        fit(Learner(DataLoaders(dl, dl), nn.Linear(4, 1), F.mse_loss), Checkpoint(tmp_path))
+
 def test_full_disk_is_said(tmp_path):
     class Full(Callback):
         order = 5
@@ -164,7 +174,7 @@ def test_no_checkpoint_of_broken_weights(tmp_path):
 def test_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match='`minutes` must be above 0'): Checkpoint(tmp_path, minutes=0)
     with pytest.raises(ValueError, match='`keep` must be 1 or more'): Checkpoint(tmp_path, keep=0)
-    with pytest.raises(ValueError, match='holds no checkpoint to resume from: it has none'): fit(learner(), Checkpoint(tmp_path/'new', resume=True))
+    with pytest.raises(ValueError, match='holds no checkpoint to resume from. Give'): fit(learner(), Checkpoint(tmp_path/'new', resume=True))
 
 train = [Path(sys.executable).parent/'fastimagenet-train']
 
