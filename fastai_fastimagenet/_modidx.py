@@ -48,8 +48,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'fastai_fastimagenet/checkpoint.py'),
                                                 'fastai_fastimagenet.checkpoint.Checkpoint._agreed': ( 'checkpoint.html#checkpoint._agreed',
                                                                                                        'fastai_fastimagenet/checkpoint.py'),
-                                                'fastai_fastimagenet.checkpoint.Checkpoint._cuts': ( 'checkpoint.html#checkpoint._cuts',
-                                                                                                     'fastai_fastimagenet/checkpoint.py'),
                                                 'fastai_fastimagenet.checkpoint.Checkpoint._find': ( 'checkpoint.html#checkpoint._find',
                                                                                                      'fastai_fastimagenet/checkpoint.py'),
                                                 'fastai_fastimagenet.checkpoint.Checkpoint._hypers': ( 'checkpoint.html#checkpoint._hypers',

@@ -39,8 +39,10 @@ def spot_notice(
 # %% ../nbs/28_checkpoint.ipynb #53ada339
 _spot_every = 5 # Seconds; EC2 gives two minutes
 
+_nothing,_save,_save_and_stop = range(3) # What is wished; of several wishes the largest counts
+
 class _Signals:
-    "Who asks for a checkpoint: 1, save; 2, save and stop"
+    "Who asks for a checkpoint"
     def __init__(self, on_exit):
         self.save,self.stop,ended = False,False,threading.Event()
         if _on_ec2() and not local_rank():
@@ -52,7 +54,7 @@ class _Signals:
 
     def take(self)->int:
         save,self.save = self.save,False
-        return 2 if self.stop else int(save)
+        return _save_and_stop if self.stop else _save if save else _nothing
 
     def _on_signal(self, num, frame):
         if num!=signal.SIGTERM: self.save = True
@@ -82,7 +84,7 @@ class Checkpoint(FitCallback):
         self.file,self.stopped = None,0. # The newest file, and how long all together stopped training (seconds)
 
     def before_fit(self):
-        self.world,self.writer,self.error,self.wish,self.asked = num_distrib() or 1,None,None,0,[]
+        self.world,self.writer,self.error,self.wish,self.asked = num_distrib() or 1,None,None,_nothing,[]
         self.file,self.stopped = None,0.
         cannot = [type(c).__name__ for c in self.learn.cbs if isinstance(c, TrackerCallback) or type(c).__name__=='DistributedTrainer']
         if cannot: raise ValueError(f'`Checkpoint` cannot go on with {", ".join(cannot)} of fastai, which forgets what it has seen; for many processes use `learn.ddp()`')
@@ -134,15 +136,11 @@ class Checkpoint(FitCallback):
         s,self.start = self.start,None
         if s and s['epoch']!=self.epoch: raise ValueError(f'The checkpoint is in epoch {s["epoch"]}, the fit starts in epoch {self.epoch}: leave out `start_epoch`')
         same = s and s['world']==self.world
-        self.learn.dl = RankDL(self.learn.dl, train=True, seed=(self.seed+self.epoch)%2**32, cuts=self._cuts(s) if s else (), on_step=self._step,
+        self.learn.dl = RankDL(self.learn.dl, train=True, seed=(self.seed+self.epoch)%2**32, cuts=s['cuts'] if s else (), on_step=self._step,
                                at_first=partial(set_rng_state, s['rng'][rank_distrib()]) if same else noop)
         if s: self._restore(s)
         if same:
             for k,v in s['hypers'].items(): self.opt.set_hyper(k, v)
-
-    def _cuts(self, s):
-        "As of `RankDL`; older checkpoints say how many pictures are done"
-        return s.get('cuts') or [(s['world'], s['done'], round(s['done']/(s['world']*dl_layers(self.learn.dl)[-1].bs)))]
 
     def _restore(self, s):
         self.learn.pct_train,self.learn.train_iter = s['pct_train'],s['train_iter']
@@ -161,12 +159,12 @@ class Checkpoint(FitCallback):
 
     def _step(self, cuts, last):
         "After a step, when so much of the epoch is done"
-        self.wish = max(self.wish, self._agreed(last), int(last))
+        self.wish = max(self.wish, self._agreed(last), _save if last else _nothing)
         accumulation = vars(self.learn).get('gradient_accumulation')
         stop = False
         if self.wish and not (accumulation and accumulation.count): # Gradients that wait for a step are not saved
             self._save(cuts)
-            stop,self.wish = self.wish==2,0
+            stop,self.wish = self.wish==_save_and_stop,_nothing
         if stop: self._stop()
 
     def _stop(self):
@@ -178,14 +176,14 @@ class Checkpoint(FitCallback):
         "The strongest wish of all processes, at the step before; at this one too if `now`. So nobody waits for the network"
         due = not rank_distrib() and time.monotonic()-self.saved_at>60*self.minutes
         if due: self.saved_at = time.monotonic() # Once is enough
-        wish = max(self.signals.take(), int(due))
+        wish = max(self.signals.take(), _save if due else _nothing)
         if self.world==1: return wish
         t = torch.tensor(wish)
         self.asked.append((dist.all_reduce(t, dist.ReduceOp.MAX, async_op=True), t))
         n = len(self.asked)-(not now)
         ready,self.asked = self.asked[:n],self.asked[n:]
         for work,_ in ready: work.wait()
-        return max((int(t) for _,t in ready), default=0)
+        return max((int(t) for _,t in ready), default=_nothing)
 
     def _save(self, cuts):
         began,self.saved_at,done = time.perf_counter(),time.monotonic(),sum(n for _,n,_ in cuts)
