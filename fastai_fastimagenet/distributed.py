@@ -57,21 +57,31 @@ class DDPTrainer(FitCallback):
         if hasattr(self.learn, 'lr_finder'):
             raise ValueError('fastai\'s `lr_find` keeps the model in one file for all processes, and the first removes it before the others have '
                              'read it. Call it on one process, with the global batch size or the learning rate scaled to it')
-        model,dl = self.learn.model,dl_layers(self.dls.train)[-1]
+        self._check_alike(self.learn.model, dl_layers(self.dls.train)[-1])
+        self.seed = gather(random.randrange(2**32))[0]
+        if rank_distrib(): set_seed(self.seed+rank_distrib()) # Else all processes draw the same crops
+        self._wrap(self.learn.model)
+        self._send_state(self.learn.model)
+
+    def _check_alike(self, model, dl):
+        "Are model and data of the same kind everywhere?"
         RankDL(dl) # Says what is wrong with it
         check_same({'the fingerprint of the model': digest([(n, tuple(p.shape), p.dtype, p.requires_grad) for n,p in model.named_parameters()])[:8],
                     'the number of epochs': self.n_epoch, 'the batch size': getattr(dl, 'bs', None),
                     'the number of training items': len(dl.dataset),
                     'the fingerprint of the training files and their order': items_digest(dl.dataset)}, 'at the start of a fit')
-        self.seed = gather(random.randrange(2**32))[0]
-        if rank_distrib(): set_seed(self.seed+rank_distrib()) # Else all processes draw the same crops
+
+    def _wrap(self, model):
         if self.sync_bn: _sync_bns(model, self.on_exit)
         device = first(model.parameters()).device
         self.wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type=='cuda' else None, **self.ddp_kwargs)
         if self.compression: self.wrapped.register_comm_hook(None, _compressions[self.compression])
         self.on_exit(setattr, self.learn, 'model', model)
         self.on_exit(delattr, self, 'wrapped')
-        self._send_buffers()
+
+    def _send_state(self, model):
+        "What `DistributedDataParallel` does not: buffers, and the optimizer's state where it differs"
+        send_buffers(model)
         set_opt_state(self.opt, dict(opt_state(self.opt)))
         if len(set(gather(digest(state_sums(model, self.opt)))))>1:
             self._send_opt()
@@ -94,18 +104,12 @@ class DDPTrainer(FitCallback):
     def after_pred(self): self.learn.model = self.wrapped.module
     after_batch = after_epoch = after_pred # When the prediction was cancelled
 
-    def _send_buffers(self):
-        for b in self.learn.model.buffers():
-            dense = b.contiguous()
-            dist.broadcast(dense, 0)
-            if dense is not b: b.copy_(dense)
-
     def after_train(self):
         self.after_pred()
-        self._send_buffers()
+        send_buffers(self.learn.model)
         check_state(self.learn.model, self.opt, f'after epoch {self.epoch}')
 
-    def after_fit(self): self._send_buffers() # It may have been cancelled in the middle of an epoch
+    def after_fit(self): send_buffers(self.learn.model) # It may have been cancelled in the middle of an epoch
 
 # %% ../nbs/19_distributed.ipynb #10c3a1cb
 _gather,_inside = torch_core.maybe_gather,[]

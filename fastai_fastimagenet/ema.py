@@ -7,19 +7,18 @@ __all__ = ['WeightEMA']
 
 # %% ../nbs/25_ema.ipynb #4a9a62e6
 from .core import *
-from .group import *
-import torch.distributed as dist
+from .state import *
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastai.basics import *
 from fastai.callback.core import *
 
 # %% ../nbs/25_ema.ipynb #569c315d
 class WeightEMA(FitCallback):
-    "Evaluate the exponential moving average of the weights, and leave it in the model after the fit (arxiv.org/abs/1803.05407 averages likewise)"
+    "Evaluate the exponential moving average of the weights, and leave it in the model after the fit (mean teacher, arxiv.org/abs/1703.01780)"
     _stateattrs = ('average','own') # Not pickled with the callback
     order,run_valid = -2,True # Before `ExactValidation` (-1), which compares the model of all processes
     def __init__(self,
-        decay:float=.998 # Share of the average that a step keeps; less in the first steps, (1+n)/(10+n) of n
+        decay:float=.998 # Share of the average that a step keeps; less in the first steps: (1+n)/(10+n) after n, as TensorFlow does with `num_updates`
     ):
         if not 0<decay<1: raise ValueError(f'`decay` must be between 0 and 1, got {decay!r}')
         self.decay = decay
@@ -36,15 +35,8 @@ class WeightEMA(FitCallback):
     def after_step(self): self.average.update_parameters(self.own)
 
     def before_validate(self):
-        if num_distrib()>1: self._send_buffers()
+        if num_distrib()>1: send_buffers(self.average.module) # As the model's own, which are those of the first process
         self.learn.model,self.evaluated = self.average.module.eval(),True
-
-    def _send_buffers(self):
-        "As the model's own, which are those of the first process"
-        for b in self.average.module.buffers():
-            dense = b.contiguous()
-            dist.broadcast(dense, 0)
-            if dense is not b: b.copy_(dense)
 
     def _use_own(self, learn):
         if self.evaluated: learn.model,self.evaluated = self.own,False

@@ -6,10 +6,11 @@
 __all__ = ['train_share', 'valid_share', 'RankDL', 'items_digest']
 
 # %% ../nbs/17_rank_dl.ipynb #128de8da
-import signal, zlib
+import zlib
 from itertools import repeat
 from torch.utils.data import get_worker_info
 from .group import *
+from .pool import outlive_signals
 from .image_dl import *
 from fastai.basics import *
 from fastai.data.load import _FakeLoader
@@ -197,9 +198,8 @@ class RankDL(TfmdDL):
     def wif(self):
         self.dl.num_workers,self.dl.offs = self.num_workers,self.offs
         self.dl.wif()
-        # A signal to the whole process group must not end the workers before the process that they serve has saved; a minute later it does
-        signal.signal(signal.SIGTERM, lambda *args: signal.alarm(60))
-        if hasattr(signal, 'SIGUSR1'): signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        outlive_signals()
+
     def to_detach(self, b, cpu=True, gather=True):
         "As fastai's, but what this process computed stays its own: gathered batch by batch, processes with fewer batches would be waited for"
         return to_detach(b, cpu, False)

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['plain_copy', 'write_checkpoint', 'read_checkpoint', 'check_run', 'checkpoint_pos', 'checkpoints', 'opt_state',
-           'opt_kind', 'set_opt_state', 'rng_state', 'set_rng_state', 'recorder_state', 'set_recorder_state']
+           'opt_kind', 'set_opt_state', 'send_buffers', 'rng_state', 'set_rng_state', 'recorder_state',
+           'set_recorder_state']
 
 # %% ../nbs/07_state.ipynb #a7caa59d
+import torch.distributed as dist
 from fastai.basics import *
 
 # %% ../nbs/07_state.ipynb #3680e7fe
@@ -95,6 +97,15 @@ def set_opt_state(
     "Let `opt` know `states`, on the devices of the parameters; PyTorch keeps counters on the CPU, unless the optimizer is fused"
     fused = any(g.get('fused') or g.get('capturable') for g in getattr(getattr(opt, 'opt', None), 'param_groups', []))
     for p,s in states.items(): opt_state(opt)[p] = {k: v.to(p.device) if isinstance(v, Tensor) and (v.ndim or fused) else v for k,v in s.items()}
+
+def send_buffers(
+    model:nn.Module
+):
+    "Give every process the buffers of `model` on the first, e.g. the averages of batch norm"
+    for b in model.buffers():
+        dense = b.contiguous()
+        dist.broadcast(dense, 0)
+        if dense is not b: b.copy_(dense)
 
 def rng_state()->dict:
     "Random states of this process, in plain values"
