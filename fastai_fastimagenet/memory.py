@@ -48,7 +48,9 @@ def largest(
     fits, # Function: does this number fit?
     most:int # The largest number of interest
 )->int: # 0 if no number that was tried fits
-    "The largest number that was tried and fits, `most` first, then by halving: 1 + log2(`most`) trials at most; that it fits is sure also where a smaller one does not"
+    """The largest number found to fit, in 1 + log2(`most`) trials at most: `most` itself, or by bisection between 0 and `most`
+
+    What it returns was tried, so it fits even where some smaller number does not."""
     if fits(most): return most
     low,high = 0,most
     while high-low>1:

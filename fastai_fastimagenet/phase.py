@@ -26,11 +26,25 @@ class Phase:
 _defaults = dict(data='', min_scale=.08, rect=False)
 fixed_fields = ('size','bs','data','min_scale','rect') # What changes only between epochs
 
-def is_int(v): return isinstance(v, int) and not isinstance(v, bool)
-def is_num(v): return isinstance(v, (int,float)) and not isinstance(v, bool) and math.isfinite(v)
-def lerp(a, b, t): return a*(1-t) + b*t if a!=b else a
-def ends(lr): return tuple(lr) if isinstance(lr, (tuple,list)) else (lr,lr)
-def whole(x): return round(x) if abs(x-round(x))<1e-9 else x
+def is_int(v)->bool:
+    "Is `v` a whole number? True and False are none"
+    return isinstance(v, int) and not isinstance(v, bool)
+
+def is_num(v)->bool:
+    "Is `v` a finite number? True and False are none"
+    return isinstance(v, (int,float)) and not isinstance(v, bool) and math.isfinite(v)
+
+def lerp(a, b, t):
+    "From `a` at `t`=0 to `b` at `t`=1 on a straight line"
+    return a*(1-t) + b*t if a!=b else a
+
+def ends(lr)->tuple:
+    "Learning rate at the start and at the end of a phase"
+    return tuple(lr) if isinstance(lr, (tuple,list)) else (lr,lr)
+
+def whole(x):
+    "`x` as an `int`, if it is one but for rounding"
+    return round(x) if abs(x-round(x))<1e-9 else x
 
 def text_table(
     head:list, # Texts

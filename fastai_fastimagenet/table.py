@@ -12,7 +12,9 @@ import numpy as np
 
 # %% ../nbs/12_table.ipynb #7cbf63ee
 index_name = '.fastimagenet_index.npy'
-def pixel_file(n:int)->str: return f'pixels-{n:03}.raw'
+def pixel_file(n:int)->str:
+    "Name of pixel file number `n` in a folder of raw copies"
+    return f'pixels-{n:03}.raw'
 
 def index_stamp(
     table # Of `index_dtype`
