@@ -241,10 +241,11 @@ def main(
     src:str, # Folder of pictures, at any depth
     dst:str=None, # Folder for the copies; by default SRC-sz or SRC-raw
     short:str='160,352', # Short sides of the copies (pixels)
+    workers:int=None, # Processes; by default one for each core
     version:ShowVersion='',
     **kwargs
 ):
     "Copy all pictures below SRC with other short sides; what is there is not made again. Names stay, also that of a PNG, whose copy is a JPEG"
-    try: presize(src, dst, short, **kwargs)
+    try: presize(src, dst, short, workers=workers, **kwargs)
     except (ValueError,OSError) as e: sys.exit(f'fastimagenet-presize: {e}')
     except KeyboardInterrupt: sys.exit('\nfastimagenet-presize: interrupted; the same command goes on')
