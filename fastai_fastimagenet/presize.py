@@ -136,8 +136,7 @@ class _Progress:
         every,now = .2 if sys.stdout.isatty() else 10,time.time()
         if now-self.said<every: return
         self.said,rate,done = now,self.n/(now-self.began),self.done+self.n
-        left = _clock((self.total-done)/rate)
-        line = f'{done}/{self.total} {100*done//self.total} %, {rate:.0f} pictures/s, {left} left, failures: {self.failed}'
+        line = f'{done}/{self.total} {100*done//self.total} %, {rate:.0f} pictures/s, {_clock((self.total-done)/rate)} left, failures: {self.failed}'
         print(f'\r{line}\033[K' if sys.stdout.isatty() else line, end='' if sys.stdout.isatty() else '\n', flush=True)
 
 # %% ../nbs/15_presize.ipynb #edfd08f0
