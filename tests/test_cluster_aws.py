@@ -275,6 +275,40 @@ def test_relaunch_by_another_launcher(aws, session):
     c.relaunch()
     assert c.generation==2 and len(order(session).create().instances)==2
 
+def test_a_removed_cluster_is_not_relaunched(aws, session):
+    "Given back here, or from another computer; `create` makes it anew"
+    c = order(session).create()
+    for remove in (c.down, lambda: teardown.down(session, region, 'im', lambda line: None)):
+        remove()
+        with pytest.raises(CloudError, match='Cluster im in us-east-1 was removed: its machines are not replaced'): c.relaunch()
+        assert aws.left()==[]
+        c.create()
+    c.relaunch()
+    assert c.generation>1 and len(c.instances)==2
+
+@pytest.mark.parametrize('who', ['here','elsewhere'])
+def test_removed_while_machines_are_replaced(aws, session, who):
+    "The watcher of a run saw dead machines, and took them for taken ones"
+    c,errors = order(session).create(),[]
+    def relaunch():
+        try: c.relaunch()
+        except CloudError as e: errors.append(str(e))
+    aws.set(stopping=1)
+    thread = threading.Thread(target=relaunch)
+    thread.start()
+    while not any('Waiting until the old machines' in l for l in c.said): time.sleep(.02)
+    assert (c.down() if who=='here' else teardown.down(session, region, 'im', lambda line: None))==[]
+    thread.join()
+    assert aws.left()==[] and 'was removed' in errors[0]
+
+def test_which_machines_may_be_taken(aws, session):
+    c = order(session).create()
+    assert c.on_spot
+    c.down()
+    assert not c.on_spot
+    aws.set(capacity={'*/*/spot': 1})
+    assert not c.create().on_spot and c.spot=='auto'
+
 def test_looking_ends_no_machines(aws, session):
     "Two generations live: attach takes the newer, create ends the older"
     order(session).create()

@@ -84,7 +84,7 @@ run_many(jobs, lambda i: LocalCluster(folder={str(tmp_path)!r}+f'/cluster{{i}}')
 
 class SpotCluster(LocalCluster):
     "This machine as machines that can be taken and rented again"
-    spot = True
+    on_spot = True
     def __init__(self, folder):
         self.home,self.launched = folder,0
         super().__init__(folder=folder/'launch0')
@@ -109,6 +109,18 @@ def test_a_taken_machine_is_replaced(small_photos, tmp_path, monkeypatch):
     assert len((tmp_path/'runs/spot/history.csv').read_text().splitlines())==9
     assert {f.name for f in (tmp_path/'runs/spot/logs').iterdir()}=={'rank0.log','rank0-2.log'}
     assert (tmp_path/'launch1/rank0/watch/lease').exists() and len(json.loads((tmp_path/'runs/spot/job.json').read_text())['starts'])==2
+
+def test_a_machine_on_demand_is_not_replaced(tmp_path, monkeypatch):
+    "It has failed, or a person has ended it"
+    monkeypatch.setattr(run_module, '_beat', .2)
+    (tmp_path/'wait.py').write_text('import time; print("begun", flush=True); time.sleep(100)')
+    with SpotCluster(tmp_path) as c:
+        c.on_spot,c.spot = False,'auto'
+        r = c.run(Job('wait.py', folder=tmp_path, name='wait', out=tmp_path/'wait'), say=print)
+        until(lambda: (tmp_path/'launch0/rank0/watch').exists(), 'the first sign of life')
+        (tmp_path/'launch0/rank0/watch/interrupted').write_text('stop\n')
+        with pytest.raises(JobError, match='it was taken back'): r.wait(60)
+    assert c.launched==0
 
 slurm_commands = dict(
     srun='while [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=0 SLURM_NNODES=1 "$@" & echo $! > step; wait $!',
@@ -220,7 +232,7 @@ def test_a_cut_machine_is_named(machines, cluster, tmp_path):
 
 class Spare(SSHCluster):
     "One of `machines`; when it is lost, the next is taken"
-    spot = True
+    on_spot = True
     def __init__(self, machines):
         self.machines = machines
         super().__init__([machines[0].address], user='root', key=machines.key, known_hosts=machines.known_hosts, python=sys.executable)

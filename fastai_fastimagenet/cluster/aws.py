@@ -24,6 +24,10 @@ from .teardown import down, end_launch
 # %% ../../nbs/57_cluster.aws.ipynb #49b34dab
 class AWSCluster(Order, Reach):
     "Machines rented from AWS"
+    @property
+    def on_spot(self)->bool:
+        "Has it machines that AWS may take back?"
+        return not self.given_back and any(o.get('InstanceLifecycle')=='spot' for o in self.instances)
 
 # %% ../../nbs/57_cluster.aws.ipynb #5d86e3ae
 @patch
@@ -58,10 +62,11 @@ def _find(self:AWSCluster):
 
 @patch
 def _ours(self:AWSCluster):
-    "`OthersCluster` if there is such a cluster, but made from another laptop"
+    "Key pairs of the cluster; `OthersCluster` if it was made from another laptop"
     public = ssh_key(self.folder) if (self.folder/'key').exists() else None
     with self._step('Looking for the key pair'): known = tagged(self.ec2, 'key pair', self.name)
     for pair in known: check_key(pair, public, self.region)
+    return known
 
 @patch
 def _make(self:AWSCluster):
@@ -117,7 +122,8 @@ def _give_up(self:AWSCluster, e, others):
 @patch
 def create(self:AWSCluster)->AWSCluster:
     "Find the machines, or make them and what they need; ends when they run. They can be reached a minute later, for which `tasks` waits"
-    with signals_raise(): self._make()
+    self.given_back = False
+    with signals_raise(), self.busy: self._make()
     return self
 
 @patch
@@ -125,21 +131,30 @@ def down(self:AWSCluster,
     again:bool=False # Look a second time even if nothing was found?
 )->list: # What is left
     "Give everything back; may be repeated"
-    self._disconnect()
-    try: left = down(self.session, self.region, self.name, self.say, again)
+    self.given_back = True
+    try:
+        with self.busy:
+            self._disconnect()
+            left = down(self.session, self.region, self.name, self.say, again)
+            self.instances,self.ends,self.spent,self.address = [],None,0,None
+            if not left: shutil.rmtree(self.folder) # The keys open nothing any more
+            return left
     except (KeyboardInterrupt,SystemExit):
         self.say(f'Stopped. Remove the rest: {self.undo}')
         raise
-    self.instances,self.ends,self.spent,self.address = [],None,0,None
-    if not left: shutil.rmtree(self.folder) # The keys open nothing any more
-    return left
 
 # %% ../../nbs/57_cluster.aws.ipynb #95fad260
 @patch
+def _kept(self:AWSCluster):
+    "`CloudError` if the cluster was removed"
+    if self.given_back or not self._ours():
+        raise CloudError(f'Cluster {self.name} in {self.region} was removed: its machines are not replaced. To make it anew: create()')
+
+@patch
 def relaunch(self:AWSCluster):
-    "New machines in place of all that there are"
-    with signals_raise():
-        self._ours()
+    "New machines in place of all that there are; `CloudError` if the cluster was removed, here or elsewhere"
+    with signals_raise(), self.busy:
+        self._kept()
         self._disconnect()
         with self._step('Looking for its machines'): every = all_machines(self.ec2, self.name)
         self.spent = cost(every) or 0
@@ -148,6 +163,7 @@ def relaunch(self:AWSCluster):
         self.instances,self.address = [],None
         self.say('Waiting until the old machines are gone, which takes AWS a minute or more')
         with self._step('Waiting for the old machines'): wait_ended(self.ec2, self.name)
+        self._kept()
         self._new()
 
 @patch(cls_method=True)

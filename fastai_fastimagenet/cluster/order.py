@@ -6,7 +6,7 @@
 __all__ = ['aws_session', 'Order']
 
 # %% ../../nbs/56_cluster.order.ipynb #683c0943
-import getpass, re, socket
+import getpass, re, socket, threading
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,7 @@ class Order:
         store_attr('name,nodes,machine,spot,zone,image,volume,efs,max_hours,max_dollars,ssh_from,user,python,say,watch')
         self.session = aws_session(region)
         self.region,self._folder = self.session.region_name,None
+        self.given_back,self.busy = False,threading.RLock() # Removed by `down`; held by who makes, replaces or removes machines
         self.generation,self.ends,self.spent,self.address = 0,None,0,None # When the machines must end; USD that earlier generations cost; public address of rank 0
 
     def __repr__(self): return f'{type(self).__name__}({self.name!r}, {self.nodes} x {self.machine} in {self.region})'

@@ -177,8 +177,7 @@ def _watch(self:Run):
 @patch
 def _replace(self:Run, e):
     "After failure `e`: start again on new machines? Not if the program itself failed"
-    spot = getattr(self.cluster, 'relaunch', None) and getattr(self.cluster, 'spot', False)
-    if not (e.dead and spot) or self.stopped or self.replaced>=self.job.max_relaunch: return False
+    if not (e.dead and self.cluster.on_spot) or self.stopped or self.replaced>=self.job.max_relaunch: return False
     self._rescue()
     self.say(f'{e.node}: {e.how}. Start again on new machines')
     self.taken,self.copied = None,set()

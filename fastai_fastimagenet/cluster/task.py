@@ -212,7 +212,7 @@ def _bar(n, what):
 
 class Cluster:
     "Several machines, in order of rank"
-    machine = None # Type of machine, where it has one
+    machine,on_spot = None,False # Type of machine, where it has one; may its machines be taken back? Then its `relaunch` replaces them
     def __init__(self, name:str, tasks:list, python:str='python3'): self.name,self.tasks,self.python = check_name(name),list(tasks),python
     def __repr__(self): return f'{type(self).__name__}({self.name!r}, {len(self.tasks)} machine{"s"[:len(self.tasks)!=1]})'
 

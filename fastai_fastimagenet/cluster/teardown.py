@@ -18,7 +18,7 @@ _poll = 5 # Seconds between looks
 _second_look = 10 # Seconds; within them AWS shows all machines
 _ending,_stuck = 1200,300 # Seconds: longest wait for machines to end, and for something else that is in use to become free
 _tries = 3 # For what AWS refuses for another reason
-_stages = [('address','volume','network interface','mount target','S3 endpoint','placement group','key pair'),
+_stages = [('address','volume','network interface','mount target','S3 endpoint','placement group'),
            ('file system','security group'), ('subnet','internet gateway'), ('VPC',)]
 
 def _internet_gateway(ec2, r):
@@ -40,7 +40,6 @@ _removers = {
     'mount target': lambda ec2,efs,r: efs.delete_mount_target(MountTargetId=r.id),
     'S3 endpoint': lambda ec2,efs,r: _endpoint(ec2, r),
     'placement group': lambda ec2,efs,r: ec2.delete_placement_group(GroupName=r.id),
-    'key pair': lambda ec2,efs,r: ec2.delete_key_pair(KeyName=r.id),
     'file system': lambda ec2,efs,r: efs.delete_file_system(FileSystemId=r.id),
     'security group': lambda ec2,efs,r: ec2.delete_security_group(GroupId=r.id),
     'subnet': lambda ec2,efs,r: ec2.delete_subnet(SubnetId=r.id),
@@ -95,6 +94,7 @@ class _Down:
 
     def remove(self, rs):
         spot,machines = _of(rs, 'spot request'),_of(rs, 'instance')
+        for r in _of(rs, 'key pair'): self.attempt([r], self.ec2.delete_key_pair, KeyName=r.id) # First: without it no launcher replaces the machines
         if spot: self.attempt(spot, self.ec2.cancel_spot_instance_requests, SpotInstanceRequestIds=[r.id for r in spot])
         if machines:
             self.end_machines(machines)
