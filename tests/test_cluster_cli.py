@@ -81,6 +81,25 @@ def test_down_that_does_not_succeed(aws, demo):
     cluster('down', 'demo')
     assert not aws.left()
 
+def test_down_when_a_look_up_is_denied(aws, demo):
+    "All else is removed, and what may be there is named"
+    make('second', 1)
+    denied = dict(do='error', action='DescribeVolumes', code='UnauthorizedOperation', times=10**6)
+    aws.set(faults=[denied])
+    out,_ = cluster('down', 'demo', ok=False)
+    assert 'Ending 2 machines' in out and 'Left: volumes that cannot be looked up of cluster demo' in out and 'Try again: fastimagenet-cluster down demo' in out
+    assert len([o for o in aws.left() if o.startswith('instance')])==1
+    out,_ = cluster('down', '--all', '--yes', ok=False)
+    assert 'second: Ending 1 machine' in out and not [o for o in aws.left() if o.startswith('instance')]
+
+def test_down_all_goes_on(aws, demo):
+    make('second', 1)
+    "A cluster that cannot be removed does not keep the others"
+    clients(aws.session(), 'us-east-1')[0].create_vpc(CidrBlock='10.0.0.0/16', TagSpecifications=[dict(ResourceType='vpc', Tags=[dict(Key='fastimagenet:cluster', Value='Not_A_Name')])])
+    out,_ = cluster('down', '--all', '--yes', ok=False)
+    assert "Not_A_Name: A name has small letters" in out and 'demo: Nothing is left' in out and 'second: Nothing is left' in out
+    assert len(aws.left())==1
+
 def test_leaks(aws, tmp_path):
     "The launcher died before there were machines"
     assert cluster('ls', '--leaks', '--region', 'us-east-1')[0]=='Nothing is left over\n'

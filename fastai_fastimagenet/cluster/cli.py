@@ -9,6 +9,7 @@ __all__ = ['main']
 import os, sys
 from argparse import ArgumentParser, REMAINDER
 from datetime import datetime, timezone
+from functools import partial
 from fastcore.imports import IN_NOTEBOOK
 from ..cli import version_text
 from ..phase import text_table
@@ -120,11 +121,11 @@ def _hold(a):
     print(f'The {len(c.instances)} machines of cluster {a.name} stay for an hour, or until their time is used up')
 
 # %% ../../nbs/64_cluster.cli.ipynb #1db81fee
-def _down_one(s, name):
+def _down_one(s, name, say=print):
     from fastai_fastimagenet.cluster.aws import AWSCluster
-    known = resources(s, s.region_name, name)
-    if not known: print(_unknown(s, name))
-    return AWSCluster(name, 1, region=s.region_name).down(again=not known)
+    found,failed = look(*clients(s, s.region_name), s.region_name, name)
+    if not found and not failed: say(_unknown(s, name))
+    return AWSCluster(name, 1, region=s.region_name, say=say).down(again=not found)
 
 def _down_all(s, yes):
     cs = clusters(s, s.region_name)
@@ -133,7 +134,11 @@ def _down_all(s, yes):
     if not yes:
         if not sys.stdin.isatty(): raise ValueError(f'This would remove {what}. Add --yes')
         if input(f'Remove {what}? [y/N] ').strip().lower() not in ('y','yes'): return print('Nothing was removed')
-    return [r for c in cs for r in _down_one(s, c.name)]
+    def one(name):
+        def say(line): print(f'{name}: {line}\n', end='') # In one piece, as others speak too
+        try: return bool(_down_one(s, name, say))
+        except (CloudError,ValueError) as e: return say(e) or True
+    return any(together(*(partial(one, c.name) for c in cs)))
 
 def _down(a):
     if bool(a.name)==a.all: raise ValueError('What is to be removed? Give NAME, or --all')
