@@ -58,6 +58,7 @@ def _connect(self:Reach):
     names = ''.join(f'{t.address} {t.name} # fastimagenet\n::ffff:{t.address} {t.name} # fastimagenet\n' for t in tasks)
     self.each(partial(self._ready, names), 'ssh', tasks)
     if len(self.instances[0]['NetworkInterfaces'])>1: share_gate(tasks, self.python, self.region)
+    self._over.set() # `create` may have found other machines meanwhile
     self._over = threading.Event()
     threading.Thread(target=_beats, args=(tasks, self._over), daemon=True).start()
     return tasks
