@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['cluster_tag', 'efs_tag', 'price_tag', 'aws_kinds', 'CloudError', 'undo_command', 'error_code', 'aws_errors',
-           'cloud_step', 'together', 'tags_of', 'id_of', 'state_of', 'tagged', 'client', 'clients']
+           'cloud_step', 'signals_raise', 'together', 'tags_of', 'id_of', 'state_of', 'tagged', 'client', 'clients']
 
 # %% ../../nbs/47_cluster.cloud.ipynb #7c2e933e
-import threading
+import signal, threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
@@ -46,6 +46,18 @@ def cloud_step(
     except aws_errors() as e:
         raise CloudError(f'{what} of cluster {name} in {region} failed: {str(e).rstrip(".")}{_hints.get(error_code(e), "")}. '
                          f'What was made is removed by: {undo_command(name, region)}') from e
+
+@contextmanager
+def signals_raise():
+    "SIGTERM and SIGHUP end the program as Ctrl-C does, so that machines are given back"
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    def stop(num, frame): raise SystemExit(128+num)
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try: yield
+    finally:
+        for s,h in before.items(): signal.signal(s, h or signal.SIG_DFL)
 
 # %% ../../nbs/47_cluster.cloud.ipynb #f914b172
 def together(*fs)->list: # What they returned

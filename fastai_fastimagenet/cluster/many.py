@@ -15,7 +15,7 @@ from .task import *
 from .job import *
 from .torchrun import *
 from .run import *
-from .aws import signals_raise
+from .cloud import CloudError, signals_raise
 
 # %% ../../nbs/64_cluster.many.ipynb #e2ea3ef2
 class _Crowd:
@@ -24,12 +24,13 @@ class _Crowd:
         store_attr()
         self.todo,self.rows,self.busy,self.stopping,self.why = deque(jobs),{},{},False,None
 
-    def work(self, i):
+    def work(self, i, ended):
         try:
             with ExitStack() as stack: self._work(i, stack)
         except Exception as e:
             self.why = e
             self.say(f'Cluster {i}: {e}')
+        finally: ended.set()
 
     def _work(self, i, stack):
         cluster = None
@@ -42,10 +43,14 @@ class _Crowd:
                 raise
             if self.stopping: return
             self._one(i, cluster, job)
-            if not self.stopping and not all(cluster.alive().values()):
+            if not self.stopping and not self._lives(cluster):
                 cluster = None
                 try: stack.close()
-                except (HostError,ClusterError) as e: self.say(f'Cluster {i}: {e}') # Its dead machine cannot be cleaned up
+                except (HostError,ClusterError,CloudError) as e: self.say(f'Cluster {i}: {e}') # Its dead machine cannot be cleaned up
+
+    def _lives(self, cluster):
+        try: return all(cluster.alive().values())
+        except (HostError,ClusterError,CloudError): return False # It has no machines any more
 
     def _one(self, i, cluster, job):
         run,error = None,None
@@ -64,8 +69,12 @@ class _Crowd:
     def stop(self):
         "End all that runs; the threads give their clusters back"
         self.stopping = True
-        stops = list(self.busy.values())
-        if stops: in_parallel(lambda i: stops[i](), len(stops))
+        stops = list(self.busy.items())
+        def end(n):
+            i,stop = stops[n]
+            try: stop()
+            except Exception as e: self.say(f'Cluster {i}: {e}')
+        in_parallel(end, len(stops))
 
 # %% ../../nbs/64_cluster.many.ipynb #9849d125
 def _differing(jobs):
@@ -111,16 +120,17 @@ def run_many(
     names = [j.name for j in jobs]
     if twice := {n for n in names if names.count(n)>1}: raise ValueError(f'Each job needs a name of its own, {", ".join(sorted(twice))} is there twice')
     crowd = _Crowd(jobs, cluster_factory, say)
-    threads = [threading.Thread(target=crowd.work, args=[i], daemon=True) for i in range(min(max_parallel, len(jobs)))]
-    for t in threads: t.start()
+    ends = [threading.Event() for _ in jobs[:max_parallel]] # A thread whose `join` was interrupted counts as ended at once
+    for i,ended in enumerate(ends): threading.Thread(target=crowd.work, args=(i,ended), daemon=True).start()
     try:
         with signals_raise():
-            for t in threads:
-                while t.is_alive(): t.join(.2) # In small steps: Ctrl-C comes between them
+            for o in ends:
+                while not o.wait(.2): pass # In small steps: Ctrl-C comes between them
     except BaseException:
         say('Stopping all jobs and giving the clusters back; Ctrl-C again leaves them as they are')
-        crowd.stop()
-        for t in threads: t.join()
+        try: crowd.stop()
+        finally:
+            for o in ends: o.wait()
         raise
     _report(jobs, report, say)
     return _table(jobs, crowd.rows, crowd.why)
