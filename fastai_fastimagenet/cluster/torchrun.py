@@ -45,14 +45,16 @@ def _how(code, lines):
     return _exit(128-code if 128<code<160 else code)
 
 # %% ../../nbs/59_cluster.torchrun.ipynb #8ad2e5ff
+def _host_error(name, e): return e if isinstance(e, HostError) else HostError(name, f'{type(e).__name__}: {e}')
+
 def in_parallel(
     f, # Called with the number of a task, from 0
     n:int # Tasks
-)->list: # What `f` returned, or the `HostError` it raised
+)->list: # What `f` returned, or a `HostError` of what it raised
     "Call `f` for all numbers at the same time"
     def call(i):
         try: return f(i)
-        except HostError as e: return e
+        except Exception as e: return _host_error(f'machine {i}', e)
     with ThreadPoolExecutor(max(1, n)) as ex: return list(ex.map(call, range(n)))
 
 def raise_errors(
@@ -139,7 +141,7 @@ def _follow(self:Torchrun, i, out, events):
         if shown: out(line)
     shown = not i
     try: events.put((i, self.procs[i].follow(hear)))
-    except HostError as e: events.put((i, e))
+    except Exception as e: events.put((i, _host_error(self.tasks[i].name, e)))
 
 @patch
 def _lost(self:Torchrun, i): return not isinstance(self.ended.get(i), HostError) and any(_complaint.search(l) for l in self.heard[i])
