@@ -153,6 +153,15 @@ def test_a_broken_copy_leaves_nothing(tmp_path):
     with pytest.raises(HostError, match='copying failed'): pipe('here', ['bash','-c',f'({pack(str(src))}) | head -c 100000'], ['bash','-c',unpack(str(src), str(dst))])
     assert os.listdir(tmp_path)==['src']
 
+def test_a_copy_that_says_a_lot():
+    "More than a pipe holds, on both sides"
+    loud = 'head -c 300000 /dev/zero | tr "\\0" e >&2; '
+    done = threading.Thread(target=pipe, args=('here', ['bash','-c',loud+'echo x'], ['bash','-c',loud+'cat']), daemon=True)
+    done.start()
+    done.join(20)
+    assert not done.is_alive()
+    with pytest.raises(HostError, match='copying failed\nwriter\nreader'): pipe('here', ['bash','-c','echo reader >&2; exit 3'], ['bash','-c','cat; echo writer >&2'])
+
 def test_copies(cluster, tmp_path):
     src = tmp_path/"it's a folder"
     (src/'sub').mkdir(parents=True)

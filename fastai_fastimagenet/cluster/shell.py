@@ -8,7 +8,7 @@ __all__ = ['start_script', 'read_status', 'HostError', 'HostDead', 'ConnectionLo
            'kill_group', 'shorten', 'last_lines', 'pipe']
 
 # %% ../../nbs/49_cluster.shell.ipynb #21418efa
-import os, posixpath, re, shlex, signal, subprocess, tarfile, time
+import os, posixpath, re, shlex, signal, subprocess, tarfile, tempfile, time
 from io import BytesIO
 
 # %% ../../nbs/49_cluster.shell.ipynb #95503a03
@@ -180,12 +180,14 @@ def pipe(
     write:list # Command line that reads
 ):
     "Send the output of `read` to `write`; `HostError` if one of them fails"
-    kwargs = dict(stderr=subprocess.PIPE, start_new_session=True)
-    with (subprocess.Popen(read, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, **kwargs) as r,
-          subprocess.Popen(write, stdin=r.stdout, stdout=subprocess.DEVNULL, **kwargs) as w):
+    with (tempfile.TemporaryFile() as err,
+          subprocess.Popen(read, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err, start_new_session=True) as r,
+          subprocess.Popen(write, stdin=r.stdout, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True) as w):
         r.stdout.close()
         try:
-            said = w.communicate()[1]+r.stderr.read()
-            if r.wait() or w.returncode: raise HostError(host, 'copying failed', last_lines(said))
+            said = w.communicate()[1]
+            if not r.wait() and not w.returncode: return
+            err.seek(0)
+            raise HostError(host, 'copying failed', last_lines(said+err.read()))
         finally:
             for p in (r,w): kill_group(p)
