@@ -1,10 +1,11 @@
 "Jobs on this machine, on machines of one's own, and on machines that are taken away"
-import json, os, signal, sys, time, urllib.request
+import json, os, signal, subprocess, sys, threading, time, urllib.request
 import psutil, pytest
 from hosts import make_hosts
 from procs import _env, kill_all, mark, run, start
 from fastai_fastimagenet.phase import Phase
 from fastai_fastimagenet.schedule import Schedule
+from fastai_fastimagenet.cluster.cloud import CloudError
 from fastai_fastimagenet.cluster.task import *
 from fastai_fastimagenet.cluster.ssh import *
 from fastai_fastimagenet.cluster.local import *
@@ -81,6 +82,65 @@ run_many(jobs, lambda i: LocalCluster(folder={str(tmp_path)!r}+f'/cluster{{i}}')
         assert sorted(f.name for f in (tmp_path/'runs').iterdir())==['j0','j1'] and (tmp_path/'runs/j0/here').exists()
         until(lambda: not [o for o in psutil.process_iter() if _env(o).get(mark)==p.mark], 'the end of the shells in tmux', 10)
     finally: kill_all(p)
+
+class Stubborn(LocalCluster):
+    "Cannot be given back at the first try"
+    tries = 0
+    def down(self):
+        self.tries += 1
+        if self.tries==1: raise CloudError('AWS is away')
+        super().down()
+
+def test_a_cluster_that_cannot_be_given_back_at_once(tmp_path):
+    "Ctrl-C waits for the threads all the same"
+    (tmp_path/'a.py').write_text('')
+    made,said = [],[]
+    def factory(i):
+        made.append(Stubborn(folder=tmp_path/f'cluster{i}'))
+        return made[-1]
+    def interrupt():
+        until(lambda: list(tmp_path.glob('cluster0/rank0/runs/a-setup')), 'the setup')
+        signal.raise_signal(signal.SIGINT)
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt): run_many([Job('a.py', folder=tmp_path, name='a', out=tmp_path/'a', setup='sleep 4')], factory, say=said.append)
+    assert any('Cluster 0: AWS is away' in s for s in said) and made[0].tries==2 and not running(tmp_path)
+
+class Lost(LocalCluster):
+    "Has no machines any more after its first job, and cannot be removed"
+    def alive(self): raise CloudError('there are no machines')
+    def down(self):
+        super().down()
+        raise CloudError('AWS is away')
+
+def test_a_cluster_without_machines_is_replaced(tmp_path):
+    (tmp_path/'a.py').write_text('')
+    said = []
+    t = run_many([Job('a.py', folder=tmp_path, name=f'j{i}', out=tmp_path/f'j{i}') for i in range(2)], lambda i: Lost(), say=said.append)
+    assert list(t.status)==['done','done'] and 'Cluster 0: AWS is away' in said
+
+def test_a_follower_that_fails(tmp_path):
+    "Too many open files: it is said, and the program is ended"
+    class Full(LocalTask):
+        def _popen(self, cmd, timeout=None, **kwargs):
+            if kwargs.get('stderr')==subprocess.DEVNULL: raise OSError(24, 'Too many open files')
+            return super()._popen(cmd, timeout, **kwargs)
+    (tmp_path/'a.py').write_text('import time; time.sleep(100)')
+    t = Torchrun([Full('rank0', 0, str(tmp_path))], 'a', [['a.py']], sys.executable).start()
+    began = time.monotonic()
+    with pytest.raises(JobError, match='rank0 failed first: OSError.*Too many open files'): t.wait(timeout=30)
+    assert time.monotonic()-began<20 and not running(tmp_path)
+
+def test_ctrl_c_while_tensorboard_starts(tmp_path):
+    with LocalCluster(folder=tmp_path/'c') as c:
+        (tmp_path/'python').write_text('#!/bin/bash\nexec sleep 100\n')
+        (tmp_path/'python').chmod(0o755)
+        c.python = str(tmp_path/'python')
+        def interrupt():
+            until(lambda: running(tmp_path), 'the start')
+            signal.raise_signal(signal.SIGINT)
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt): c.tensorboard(port=0)
+        assert not running(tmp_path)
 
 class SpotCluster(LocalCluster):
     "This machine as machines that can be taken and rented again"

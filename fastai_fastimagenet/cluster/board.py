@@ -59,11 +59,12 @@ def tensorboard(self:Cluster,
     cmd = f'mkdir -p out; exec {shlex.quote(self.python)} -m tensorboard.main --logdir out --host 127.0.0.1 --port {there}'
     process = task.run(cmd, name, wait=False)
     board,end = Board(process, f'http://127.0.0.1:{port}/', _tunnel(process, port, there) if remote else None),time.monotonic()+_patience
-    while not board.answers():
-        ended = process.status is not None or board.tunnel and board.tunnel.poll() is not None
-        if ended or time.monotonic()>end:
-            lines = process.tail()
-            board.stop()
-            raise HostError(task.name, 'TensorBoard ended' if ended else f'TensorBoard did not answer within {_patience} s', lines)
-        time.sleep(.5)
+    try:
+        while not board.answers():
+            ended = process.status is not None or board.tunnel and board.tunnel.poll() is not None
+            if ended or time.monotonic()>end: raise HostError(task.name, 'TensorBoard ended' if ended else f'TensorBoard did not answer within {_patience} s', process.tail())
+            time.sleep(.5)
+    except BaseException: # Ctrl-C too
+        board.stop()
+        raise
     return board
