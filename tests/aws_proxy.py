@@ -95,7 +95,7 @@ class State:
         pending=0,      # Seconds until a new instance is running
         stopping=.1,    # Seconds until an instance is terminated; what it uses cannot be deleted before
         faults=[],      # Dicts; setting it restarts `count`, the number of calls. `do`: 'error' (with `code`, `message`, `status`), 'lost' (done, but
-                        # no reply), 'hang' (`seconds` without reply), 'kill' or 'kill-after' (SIGKILL to process `pid`), 'empty' (nothing found). `call`: number, `action`: name,
+                        # no reply), 'hang' (`seconds` without reply), 'kill' or 'kill-after' (SIGKILL to process `pid`), 'empty' (nothing found), 'garbled' (done, but the reply is none). `call`: number, `action`: name,
                         # `skip`: so many of those come before, `times`: 1. Without `call` and `action` all calls are meant
     )
     def __init__(self): self.lock,self.forward = threading.RLock(),None
@@ -155,6 +155,7 @@ class State:
             entry['status'] = reply[0] if reply else 0
             if reply and reply[0]>=400: entry['error'] = re.sub(r'.*(<Code>|"__type": "|__type..)(\w[\w.]*).*', r'\2', reply[2].decode('utf8','replace'), flags=re.S)[:80]
         if fault and fault['do']=='hang': time.sleep(fault['seconds'])
+        if fault and fault['do']=='garbled': return reply[0], reply[1], b'<html'
         if fault and fault['do']=='empty': return reply[0], reply[1], re.sub(rb'<(\w+Set)>.*</\1>', rb'<\1/>', reply[2], flags=re.S)
         return None if fault and fault['do']!='error' else reply
 

@@ -204,6 +204,12 @@ def test_repeated_by_us(aws, session, code, status):
     aws.set(faults=[dict(do='error', action='RunInstances', code=code, status=status, times=4)])
     assert len(order(session).create().instances)==2 and aws.actions()['RunInstances']==5
 
+def test_an_answer_that_makes_no_sense(aws, session):
+    aws.set(faults=[dict(do='garbled', action='RunInstances'), dict(do='garbled', action='DescribeSpotPriceHistory')])
+    c = order(session).create()
+    assert len(c.instances)==2==len([o for o in aws.left() if o.startswith('instance')]) and aws.actions()['RunInstances']==2
+    assert any('spot prices: ResponseParserError' in l for l in c.said)
+
 # -- later, and from elsewhere
 def test_attach(aws, session, monkeypatch, tmp_path):
     made = order(session).create()
@@ -476,6 +482,13 @@ def test_machines_over_ssh(aws, session, monkeypatch):
         c.tasks
         time.sleep(.8)
         assert all(l.stat().st_mtime>b+.5 for l,b in zip(leases, before))
+        c.create() # It finds the same machines
+        for h,o in zip(machines, c.instances): o['PrivateIpAddress'] = o['PublicIpAddress'] = h.address
+        c.tasks
+        beats = [t for t in threading.enumerate() if t._target is reach._beats]
+        c._disconnect()
+        for t in beats: t.join(5)
+        assert beats and not any(t.is_alive() for t in beats) # No launcher, no sign of life
         (machines[2].folder/'host_key').write_text((machines[2].folder/'../key').read_text()) # Someone else answers
         c._disconnect()
         machines[2].inside('pkill', '-HUP', '-o', 'sshd')

@@ -90,9 +90,8 @@ def _on_demand_price(pricing, name, region):
 
 def _ask(f, *args):
     "What `f` returned, and why it did not"
-    from botocore.exceptions import BotoCoreError, ClientError
     try: return f(*args),None
-    except (BotoCoreError,ClientError) as e: return None,error_code(e)
+    except aws_errors() as e: return None,error_code(e)
 
 def _on_demand(name, asked):
     price,why = asked

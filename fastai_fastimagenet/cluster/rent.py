@@ -118,10 +118,9 @@ def _repeat(e):
     return error_code(e) in _busy or error_code(e).endswith(('.NotFound','.Unknown')) or isinstance(e, (ConnectionError,HTTPClientError,ResponseParserError))
 
 def _run(ec2, req):
-    from botocore.exceptions import BotoCoreError, ClientError
     for i in range(_tries):
         try: return ec2.run_instances(**req)
-        except (BotoCoreError,ClientError) as e:
+        except aws_errors() as e:
             code = error_code(e)
             if code=='IdempotentParameterMismatch': return
             if code in _full: raise NoMachines(f'{code}: {e.response["Error"]["Message"]}') from None
