@@ -28,11 +28,9 @@ _here = Path(fastai_fastimagenet.__file__).parent
 # %% ../nbs/33_report.ipynb #92ae7155
 def describe_machine()->dict:
     "Command, versions, commit and hardware of this process, for the report"
-    def git(*args):
-        try: return subprocess.run(['git','-C',str(_here),*args], capture_output=True, text=True, timeout=10).stdout.strip() or None
-        except OSError: return None
+    commit,changed = git_state(_here, untracked=False)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return dict(command=sys.argv, commit=git('rev-parse','HEAD'), changed=bool(git('status','--porcelain','--untracked-files=no')),
+    return dict(command=sys.argv, commit=commit, changed=changed,
                 versions={'python':platform.python_version(), **{m: sys.modules[m].__version__ for m in ('torch','torchvision','fastai') if m in sys.modules}},
                 hardware=dict(system=platform.platform(), cores=os.cpu_count(), gpus=gpus), processes=num_distrib() or 1)
 

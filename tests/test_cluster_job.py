@@ -3,6 +3,7 @@ import json, os, signal, subprocess, sys, threading, time, urllib.request
 import psutil, pytest
 from hosts import make_hosts
 from procs import _env, kill_all, mark, run, start
+from fastai_fastimagenet.cli import git_state
 from fastai_fastimagenet.phase import Phase
 from fastai_fastimagenet.schedule import Schedule
 from fastai_fastimagenet.cluster.cloud import CloudError
@@ -181,6 +182,46 @@ def test_a_machine_on_demand_is_not_replaced(tmp_path, monkeypatch):
         (tmp_path/'launch0/rank0/watch/interrupted').write_text('stop\n')
         with pytest.raises(JobError, match='it was taken back'): r.wait(60)
     assert c.launched==0
+
+def test_names_of_jobs(tmp_path):
+    "Found for a long script, refused with their own length"
+    for n in (28, 40, 100):
+        (tmp_path/f'{"x"*n}.py').write_text('')
+        assert len(Job(f'{"x"*n}.py', folder=tmp_path).name)<=50
+    for n in (51, 70):
+        with pytest.raises(ValueError, match=f'may have 50 characters, got {n}'): Job('fastai_fastimagenet.train', name='x'*n)
+
+def test_a_list_of_phases_of_2018(tmp_path):
+    "It does not say for how many GPUs it is"
+    (tmp_path/'old.json').write_text('[{"ep":0,"sz":128,"bs":128,"trndir":"-sz/160"},{"ep":[0,6],"lr":[0.25,0.5]}]')
+    with pytest.raises(ValueError, match='does not say for how many GPUs'): Job('fastai_fastimagenet.train', schedule=tmp_path/'old.json')
+    with pytest.raises(ValueError, match='No recipe is called'): Job('fastai_fastimagenet.train', schedule='nonsense')
+    table(1, 1).save(tmp_path/'new.json')
+    assert Schedule.from_json(Job('fastai_fastimagenet.train', schedule=tmp_path/'new.json').args['schedule'])==table(1, 1)
+
+def test_scripts_outside(tmp_path):
+    (tmp_path/'code/runs').mkdir(parents=True)
+    for f in ('t.py','code/runs/t.py'): (tmp_path/f).write_text('')
+    with pytest.raises(ValueError, match="No file ../t.py .*below `folder`"): Job('../t.py', folder=tmp_path/'code')
+    with LocalCluster(folder=tmp_path/'c') as c, pytest.raises(ValueError, match='runs/t.py would not be copied: git ignores it, or it lies in one of .*node_modules.*. Move it, or give another `folder`'):
+        c.run(Job('runs/t.py', folder=tmp_path/'code', out=tmp_path/'out'))
+
+def test_slurm_folders_and_machines(tmp_path):
+    def out(job):
+        line = next(l for l in job.slurm(gpus=0).splitlines() if l.startswith('export OUT_DIR='))
+        return run('bash', '-c', f'cd {tmp_path}; {line}; printf %s "$OUT_DIR"').stdout
+    train = 'fastai_fastimagenet.train'
+    assert out(Job(train, out='/scratch/a $HOME'))=='/scratch/a $HOME' and out(Job(train, out="it's/$b"))==f"{tmp_path}/it's/$b"
+    nodes = lambda *args, **kw: int(Job(train, **kw).slurm(*args).split('--nodes=')[1].split()[0])
+    assert (nodes(), nodes(4), nodes(nodes=2), nodes(4, nodes=2))==(1, 4, 2, 4)
+    with pytest.raises(ValueError, match='`nodes` must be 1 or more'): Job(train).slurm(0)
+
+def test_git_that_is_slow(tmp_path, monkeypatch):
+    "Training does not wait for it, and does not end"
+    (tmp_path/'git').write_text('#!/bin/bash\nexec sleep 5\n')
+    (tmp_path/'git').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    assert git_state(tmp_path, timeout=.2)==(None, None)
 
 slurm_commands = dict(
     srun='while [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=0 SLURM_NNODES=1 "$@" & echo $! > step; wait $!',

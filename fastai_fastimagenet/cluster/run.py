@@ -6,11 +6,12 @@
 __all__ = ['Run']
 
 # %% ../../nbs/62_cluster.run.ipynb #9c1e1e0d
-import json, shlex, subprocess, threading, time
+import json, shlex, threading, time
 from datetime import datetime, timezone
 from pathlib import Path
 import fastai_fastimagenet
 from fastcore.basics import patch, store_attr
+from ..cli import git_state
 from .task import *
 from .job import *
 from .torchrun import *
@@ -18,13 +19,6 @@ from .prepare import *
 
 # %% ../../nbs/62_cluster.run.ipynb #ffa0866c
 _beat = 10 # Seconds between two touches of the lease
-
-def _commit(folder):
-    "Commit of the code, and whether it has changed since"
-    def git(*args):
-        try: return subprocess.run(['git','-C',folder,*args], capture_output=True, text=True, timeout=30).stdout.strip()
-        except FileNotFoundError: return ''
-    return git('rev-parse','HEAD') or None, bool(git('status','--porcelain'))
 
 class Run:
     "A job that runs on a cluster"
@@ -79,7 +73,7 @@ def _start(self:Run, resume):
 def _note(self:Run):
     "Write job.json; returns which start this is"
     self.folder.mkdir(parents=True, exist_ok=True)
-    file,(commit,changed) = self.folder/'job.json',_commit(Path(fastai_fastimagenet.__file__).parent if self.job.ours else self.job.folder)
+    file,(commit,changed) = self.folder/'job.json',git_state(Path(fastai_fastimagenet.__file__).parent if self.job.ours else self.job.folder)
     starts = json.loads(file.read_text())['starts'] if file.exists() else []
     starts.append(dict(time=datetime.now(timezone.utc).isoformat(timespec='seconds'), cluster=repr(self.cluster), machine=self.cluster.machine, commit=commit, changed=changed))
     file.write_text(json.dumps(dict(name=self.job.name, command=self.job.argv('OUT'), starts=starts), indent=1))
