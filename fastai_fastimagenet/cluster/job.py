@@ -31,15 +31,14 @@ def _words(
 def _table(schedule):
     "`--schedule` as the training script takes it: the name of a recipe, or the table itself"
     if isinstance(schedule, Schedule): return json.dumps(json.loads(schedule.to_json()))
-    if str(schedule).endswith('.json'): return _table(Schedule.load(schedule))
-    try: recipes[schedule]
+    try: found = find_schedule(schedule)
     except KeyError as e: raise ValueError(e.args[0]) from None
-    return schedule
+    return schedule if schedule in recipes else _table(found)
 
 # %% ../../nbs/58_cluster.job.ipynb #c089194a
 def _check_script(script, folder):
     if script.endswith('.py'):
-        if Path(script).is_absolute() or not (folder/script).is_file():
+        if Path(script).is_absolute() or '..' in Path(script).parts or not (folder/script).is_file():
             raise ValueError(f'No file {script} in {folder}: `script` is a Python file below `folder`, or the name of a module')
     elif not all(o.isidentifier() for o in script.split('.')):
         raise ValueError(f"`script` must be a Python file, or the name of a module like 'fastai_fastimagenet.train', got {script!r}")
@@ -67,12 +66,13 @@ class Job:
         self.folder,self.env,self.secrets,self.args = Path(folder).expanduser().resolve(),env or {},secrets or {},args
         _check_script(script, self.folder)
         self.ours = script.startswith('fastai_fastimagenet.')
-        self.name = name or f'{Path(script).stem if script.endswith(".py") else script.split(".")[-1]}-{datetime.now():%Y%m%d-%H%M%S}-{_secrets.token_hex(2)}'
-        if len(check_name(self.name))>50: raise ValueError(f'`name` may have 50 characters, got {len(name)}: {name!r}')
+        self.name = name or f'{(Path(script).stem if script.endswith(".py") else script.split(".")[-1])[:25]}-{datetime.now():%Y%m%d-%H%M%S}-{_secrets.token_hex(2)}'
+        if len(self.name)>50: raise ValueError(f'`name` may have 50 characters, got {len(self.name)}: {self.name!r}')
+        check_name(self.name)
         for k in ('nodes','nproc'):
             if getattr(self, k) is not None and getattr(self, k)<1: raise ValueError(f'`{k}` must be 1 or more, got {getattr(self, k)}')
         if schedule is not None: self.args = {'schedule':_table(schedule), **args}
-        self.out = Path(out or f'runs/{self.name}')
+        self.out = Path(out or f'runs/{self.name}').expanduser()
         self.resume = ['--resume','{out}'] if resume is None and script=='fastai_fastimagenet.train' else resume
 
     def argv(self,
@@ -99,7 +99,7 @@ _slurm = '''#!/bin/bash
 #SBATCH --signal=B:USR1@120
 
 cd "${{SLURM_SUBMIT_DIR:-.}}" || exit 1
-export OUT_DIR="$PWD/{out}"
+export OUT_DIR={out}
 mkdir -p "$OUT_DIR"
 {before}
 start=({start})
@@ -121,17 +121,18 @@ exit "$code"
 # %% ../../nbs/58_cluster.job.ipynb #956858ad
 @patch
 def slurm(self:Job,
-    nodes:int=1, # Machines
+    nodes:int|None=None, # Machines; by default those of the job, or 1
     gpus:int|None=None, # GPUs per machine, one process each; by default `nproc`, or 8; 0: none, one process
     time:str='04:00:00', # Longest time before the job is put back into the queue, as Slurm writes it
     partition:str|None=None # Where to queue
 )->str:
     "Script for `sbatch` that runs this job, saves its state before the time is over, and goes on"
     gpus = (self.nproc or 8) if gpus is None else gpus
+    nodes = (self.nodes or 1) if nodes is None else nodes
     if nodes<1 or gpus<0: raise ValueError(f'`nodes` must be 1 or more, `gpus` 0 or more, got {nodes} and {gpus}')
     more = ([f'#SBATCH --gpus-per-node={gpus}\n'] if gpus else []) + ([f'#SBATCH --partition={partition}\n'] if partition else [])
     before = [f'# Set before sbatch, which passes it on: {k}' for k in self.secrets]
     before += [f'export {k}={shlex.quote(str(v))}' for k,v in self.env.items()] + ([self.setup] if self.setup else [])
     words = lambda resume: ' '.join('"$OUT_DIR"'.join(shlex.quote(p) if p else '' for p in w.split('\0')) for w in self.argv('\0', resume))
-    return _slurm.format(name=self.name, nodes=self.nodes or nodes, time=time, more=''.join(more), out=self.out, before='\n'.join(before),
+    return _slurm.format(name=self.name, nodes=nodes, time=time, more=''.join(more), out='"$PWD"/'*(not self.out.is_absolute())+shlex.quote(str(self.out)), before='\n'.join(before),
                          start=words(False), go_on=words(True), nproc=self.nproc or gpus or 1)

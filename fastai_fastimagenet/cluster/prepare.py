@@ -44,7 +44,8 @@ def pack_code(
     package = Path(fastai_fastimagenet.__file__).parent
     files = {} if job.ours else {f: job.folder/f for f in code_files(job.folder)}
     if Path(package.name,'__init__.py') not in files: files.update({package.name/f: package/f for f in _walk(package)})
-    if job.script.endswith('.py') and Path(job.script) not in files: raise ValueError(f'git ignores {job.script}, so it would not be copied to the machines: change .gitignore')
+    if job.script.endswith('.py') and Path(job.script) not in files:
+        raise ValueError(f'{job.script} would not be copied: git ignores it, or it lies in one of {", ".join(sorted(_junk))}. Move it, or give another `folder`')
     mb = sum(f.stat().st_size for f in files.values())/1e6
     if mb>_max_mb:
         big = max(files, key=lambda f: files[f].stat().st_size)
