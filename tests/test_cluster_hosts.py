@@ -266,9 +266,11 @@ def test_a_shell_that_talks(hosts):
     except ClusterError as e: assert 'Welcome' in str(e) # `down` says it again
     finally: rc.unlink()
 
-def test_arguments(hosts):
+def test_arguments(tmp_path, monkeypatch):
+    monkeypatch.setenv('FASTIMAGENET_HOME', str(tmp_path))
     with pytest.raises(ValueError, match='different machines'): SSHCluster(['a', 'me@a'])
     with pytest.raises(ValueError, match='different machines'): SSHCluster([])
+    with pytest.raises(ValueError, match="must be a list of .*different machines, as .*got 'gpu1'"): SSHCluster('gpu1')
     with pytest.raises(ValueError, match='Not a name'): SSHCluster(['-oProxyCommand=x'])
     with pytest.raises(ValueError, match='one for each of 2'): SSHCluster(['a', 'b'], addresses=['c'])
     c = SSHCluster(['me@a.b', 'c'], user='you', port=2222)

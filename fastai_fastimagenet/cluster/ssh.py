@@ -221,7 +221,7 @@ class SSHCluster(Cluster):
         folder:str='fastimagenet' # Holds the work folders; relative to the home folder, or absolute
     ):
         where = {h.rpartition('@')[2]: ''.join(h.rpartition('@')[:2]) for h in hosts}
-        if not hosts or len(where)<len(hosts): raise ValueError(f'`hosts` must be one or more different machines, got {hosts}')
+        if isinstance(hosts, str) or not hosts or len(where)<len(hosts): raise ValueError(f"`hosts` must be a list of one or more different machines, as ['gpu1','me@gpu2'], got {hosts!r}")
         if addresses and len(addresses)!=len(hosts): raise ValueError(f'`addresses` must be one for each of {len(hosts)} machines, got {addresses}')
         name = f'ssh-{sha1(repr((hosts, user, port, str(key))).encode()).hexdigest()[:8]}'
         config = write_ssh_config(cluster_folder(name), where, user, key, port, known_hosts, jump, include=True)
