@@ -44,6 +44,11 @@ def test_from_another_computer(aws, demo, tmp_path):
     out,_ = cluster('down', '--all', '--yes', env=env)
     assert 'Nothing is left of cluster demo' in out and 'Nothing is left of cluster second' in out and not aws.left()
 
+def test_ls_says_what_it_does_not_know(aws, demo):
+    aws.set(faults=[dict(do='error', action='DescribeAddresses', code='UnauthorizedOperation', times=100)])
+    *_,last = cluster('ls')[0].splitlines()
+    assert last=='Could not be looked up: address'
+
 def test_ls_is_quick(aws, demo):
     "In about a second; the limit leaves room for a busy machine"
     cluster('ls', module=True)
@@ -128,9 +133,10 @@ cd {tmp_path}/there && HOME=$PWD exec bash -c "$*"
 
 def test_on_the_machines(aws, demo, tmp_path):
     env,there = ssh_there(tmp_path)
-    out,_ = cluster('ssh', 'demo', 1, 'echo', 'hello', env=env)
+    out,_ = cluster('ssh', 'demo', '-r', 1, 'echo', 'hello', env=env)
     assert out=='hello\n'
     assert (tmp_path/'calls').read_text().splitlines()[-1]==f'-F {demo.folder}/ssh_config rank1 echo hello '
+    assert cluster('ssh', 'demo', 'ls', '-d', '-r', '/', env=env)[0]==cluster('ssh', 'demo', '--', 'ls', '-d', '/', env=env)[0]=='/\n'
     config = (demo.folder/'ssh_config').read_text()
     assert all(i['PublicIpAddress'] in config for i in demo.instances)
     cluster('hold', 'demo', env=env)
@@ -139,24 +145,28 @@ def test_on_the_machines(aws, demo, tmp_path):
     assert all(re.search(f' rank{i} .*watch/hold', calls) for i in (0,1))
     _,err = cluster('logs', 'demo', env=env, ok=False)
     assert 'rank0 of cluster demo has no runs' in err
-    for name,text,status in (('old','alpha\n','0'), ('new','beta\ngamma\n','3')):
+    (there/'runs/first-setup').mkdir(parents=True)
+    (there/'runs/first-setup/run.sh').write_text('')
+    _,err = cluster('logs', 'demo', env=env, ok=False)
+    assert 'has no runs; with --run: first-setup' in err
+    for name,text,status in (('old','alpha\n','0'), ('new','beta\ngamma\n','3'), ('new-check','','0'), ('new-setup','','0'), ('tensorboard-a1b2c3','','0')):
         (there/'runs'/name).mkdir(parents=True)
         for k,v in {'run.sh':'', 'log':text, 'status':status}.items(): (there/'runs'/name/k).write_text(v)
         if name=='old': os.utime(there/'runs/old/run.sh', (1,1))
-    out,err = cluster('logs', 'demo', 1, '-n', 1, env=env)
+    out,err = cluster('logs', 'demo', '--rank', 1, '-n', 1, env=env)
     assert out=='gamma\n' and err.endswith('Run new of rank1 ended with exit code 3\n')
     assert cluster('logs', 'demo', '--run', 'old', env=env)[0]=='alpha\n'
     out,_ = cluster('logs', 'demo', '-f', env=env, ok=False)
     assert out=='beta\ngamma\n'
-    _,err = cluster('ssh', 'demo', 2, ok=False, env=env)
+    _,err = cluster('ssh', 'demo', '-r', 2, ok=False, env=env)
     assert 'Cluster demo has machines 0 to 1, got 2' in err
 
 def test_errors_of_one_line(aws, demo, tmp_path):
     (tmp_path/'boto3.py').write_text('raise ImportError("no boto3")')
     none = {'AWS_ACCESS_KEY_ID':'', 'AWS_SECRET_ACCESS_KEY':''}
     path = os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])
-    for args,env,what in ((['ls'], {'PYTHONPATH':path}, 'pip install fastai_fastimagenet[aws]'), (['ls'], none, 'There are no credentials for AWS'),
-                          (['ls'], {'AWS_DEFAULT_REGION':''}, 'Which region? Add --region'), (['show','typo'], {}, 'There is no cluster typo in us-east-1. Clusters there: demo.'),
+    for args,env,what in ((['ls'], {'PYTHONPATH':path}, "pip install 'fastai_fastimagenet[aws]'"), (['ls'], none, 'There are no credentials for AWS'),
+                          (['ls'], {'AWS_DEFAULT_REGION':''}, 'Which region? Say region='), (['show','typo'], {}, 'There is no cluster typo in us-east-1. Clusters there: demo.'),
                           (['cost','demo','--region','eu-west-1'], {}, 'There is no cluster demo in eu-west-1. Clusters there: none.'),
                           (['logs','typo'], {}, 'Cluster typo has no machines in us-east-1'), (['plan','Demo'], {}, "got 'Demo'"), (['plan','a','--machine','p3.16xlarge'], {}, 'p4d.24xlarge')):
         out,err = cluster(*args, ok=False, env=env)

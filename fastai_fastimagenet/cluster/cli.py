@@ -6,8 +6,8 @@
 __all__ = ['main']
 
 # %% ../../nbs/64_cluster.cli.ipynb #92a0f15f
-import os, sys
-from argparse import ArgumentParser, REMAINDER
+import os, re, sys
+from argparse import PARSER, ArgumentParser
 from datetime import datetime, timezone
 from functools import partial
 from fastcore.imports import IN_NOTEBOOK
@@ -29,10 +29,7 @@ def _when(t): return '?' if t is None else f'in {_span(t)}' if t>datetime.now(ti
 # %% ../../nbs/64_cluster.cli.ipynb #f648e8ba
 def _session(a):
     "Session of boto3 that has a region and credentials"
-    try: import boto3
-    except ImportError: raise ImportError('AWS needs boto3: pip install fastai_fastimagenet[aws]') from None
-    s = boto3.Session(region_name=a.region)
-    if not s.region_name: raise ValueError('Which region? Add --region us-east-1, or set AWS_DEFAULT_REGION')
+    s = aws_session(a.region)
     if not s.get_credentials(): raise ValueError('There are no credentials for AWS: run `aws configure`, or set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY')
     return s
 
@@ -62,6 +59,7 @@ def _ls(a):
     if a.leaks: return _leaks(s, a)
     cs = clusters(s, s.region_name)
     print(text_table('NAME MACHINES TYPE ZONE MARKET STARTED ENDS PRICE COST OWNER'.split(), map(_row, cs)) if cs else f'There are no clusters in {s.region_name}')
+    if unknown := sorted({k for c in cs for k in c.unknown}): print(f'Could not be looked up: {", ".join(unknown)}')
 
 def _machine_row(r):
     o = r.raw
@@ -103,14 +101,16 @@ def _tasks(c):
 
 def _ssh(a):
     c = _attach(a)
-    cmd = ['ssh', '-F', str(c.ssh_config()), f'rank{a.rank}', *a.command]
+    command = a.command[1:] if a.command[:1]==['--'] else a.command
+    cmd = ['ssh', '-F', str(c.ssh_config()), f'rank{a.rank}', *command]
     os.execvp('ssh', cmd)
 
 def _logs(a):
     task = _tasks(_attach(a))[a.rank]
-    name = a.run or task.sh('cd ~/fastimagenet && ls -t runs/*/run.sh 2> /dev/null | head -n 1 | cut -d/ -f2')
-    if not name: raise ValueError(f'{task.name} of cluster {a.name} has no runs')
-    p = task.process(name)
+    names = [a.run] if a.run else task.sh('cd ~/fastimagenet && ls -t runs/*/run.sh 2> /dev/null | cut -d/ -f2').split()
+    own = [n for n in names if a.run or not re.search('^tensorboard-|-(check|setup)$', n)] # The others are around a run
+    if not own: raise ValueError(f'{task.name} of cluster {a.name} has no runs' + (f'; with --run: {", ".join(names)}' if names else ''))
+    p,name = task.process(own[0]),own[0]
     if a.follow: return p.follow()
     print(*p.tail(a.lines), sep='\n')
     print(f'Run {name} of {task.name} '+('goes on' if p.status is None else f'ended with exit code {p.status}'), file=sys.stderr)
@@ -162,13 +162,13 @@ def _parser():
         s.add_argument('--region', help='by default that of the environment')
         s.set_defaults(f=f)
         return s
-    def rank(s): s.add_argument('rank', type=int, nargs='?', default=0, help='number of the machine; 0 by default')
+    def rank(s): s.add_argument('-r', '--rank', type=int, default=0, help='number of the machine; 0 by default')
     command(_ls, 'clusters of a region', False).add_argument('--leaks', action='store_true', help='what seems to be left over, in all regions or in --region')
     command(_show, 'machines of a cluster, and all else that belongs to it')
     command(_cost, 'what a cluster has cost, costs per hour, and can cost at most')
     s = command(_ssh, 'a shell on a machine')
     rank(s)
-    s.add_argument('command', nargs=REMAINDER, help='run there in place of a shell')
+    s.add_argument('command', nargs=PARSER, default=[], help='run there in place of a shell').required = False # The rest, options too, but not those before it
     s = command(_logs, 'output of the newest run')
     rank(s)
     s.add_argument('-f', '--follow', action='store_true', help='until it ends; the exit code is that of the run')
