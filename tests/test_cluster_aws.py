@@ -238,6 +238,14 @@ def test_create_from_another_laptop(aws, session, monkeypatch, tmp_path):
     refused()
     assert any(o.startswith('file system') for o in aws.left())
 
+def test_options_that_are_none(aws, session):
+    "Said before AWS is asked, with what was meant"
+    for kw,error,what in ((dict(mashine='g6.xlarge'), TypeError, 'AWSCluster has no option `mashine`. Nearest: machine'), (dict(fialed=60), TypeError, 'no option `fialed`. Nearest: failed'),
+                          (dict(folder='x'), TypeError, 'no option `folder`'), (dict(nodes='2'), ValueError, "`nodes` must be a whole number, 1 or more, got '2'"),
+                          (dict(nodes=0), ValueError, '`nodes` must be'), (dict(volume=5), ValueError, "`volume` must be a snapshot 'snap-...'.*got 5")):
+        with pytest.raises(error, match=what): AWSCluster('im', **{'nodes': 1, 'region': region, **kw})
+    assert not aws.log()
+
 def test_two_laptops_at_the_same_time(aws, session, monkeypatch, tmp_path):
     "The other key pair shows up while this laptop makes the cluster"
     c = order(session)
@@ -355,9 +363,9 @@ def test_block_that_cannot_remove_all(aws, session, capsys):
     assert re.search(f'Left of cluster im.*VPC vpc-.*{undo_command("im", region)}', capsys.readouterr().err)
 
 def test_failed_job_leaves_the_machines_for_a_while(aws, session):
-    with pytest.raises(JobFailed), order(session) as c: raise JobFailed
+    with pytest.raises(JobFailed), order(session, done=3) as c: raise JobFailed
     assert len([o for o in aws.left() if o.startswith('instance')])==2
-    assert 'stay for 20 minutes' in c.said[-1] and f'ssh -F {c.folder/"ssh_config"}' in c.said[-1] and undo_command('im', region) in c.said[-1]
+    assert 'end 20 minutes after a run that failed, 3 after one that ended well, 10 if none was started' in c.said[-1] and f'ssh -F {c.folder/"ssh_config"}' in c.said[-1] and undo_command('im', region) in c.said[-1]
     assert (c.folder/'ssh_config').exists()
 
 script = '''
@@ -443,7 +451,7 @@ def test_a_laptop_that_moved(aws, session, monkeypatch):
     assert len(knocks())==3
     aws.set(faults=[dict(do='error', action='DescribeSecurityGroups', code='UnauthorizedOperation', status=403)])
     c.knock()
-    assert 'ssh may not be allowed from here. Allowing ssh from' in c.said[-1]
+    assert 'ssh may not be allowed from here. Adding the ssh rule for' in c.said[-1]
 
 def test_machines_that_do_not_answer(aws, session, monkeypatch):
     monkeypatch.setattr(reach, '_ssh_wait', .1)

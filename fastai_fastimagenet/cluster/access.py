@@ -81,7 +81,7 @@ def let_in(
     cidr:str # From `check_cidr`
 ):
     "Let `cidr` too use ssh, in the security group of a cluster there is"
-    with cloud_step(f'Allowing ssh from {cidr}', name, region):
+    with cloud_step(f'Adding the ssh rule for {cidr}', name, region):
         for g in tagged(ec2, 'security group', name):
             if any(ipaddress.ip_network(cidr).subnet_of(ipaddress.ip_network(c)) for c in ssh_from(g)): continue
             try: ec2.authorize_security_group_ingress(GroupId=g['GroupId'], IpPermissions=ssh_rule(cidr))

@@ -9,6 +9,7 @@ __all__ = ['AWSCluster']
 import copy, shutil, sys, tempfile
 from contextlib import ExitStack, suppress
 from datetime import datetime
+from inspect import signature
 from pathlib import Path
 from fastcore.basics import patch
 from .access import *
@@ -20,6 +21,7 @@ from .order import *
 from .reach import *
 from .rent import *
 from .teardown import down, end_launch
+from .watch import watchdog
 
 # %% ../../nbs/57_cluster.aws.ipynb #49b34dab
 class AWSCluster(Order, Reach):
@@ -38,7 +40,7 @@ def _adopt(self:AWSCluster, found):
         if not self.address: self.allocate()
         nic = min(first['NetworkInterfaces'], key=lambda n: (n['Attachment'].get('NetworkCardIndex', 0), n['Attachment']['DeviceIndex']))['NetworkInterfaceId']
         if self.address.get('NetworkInterfaceId')!=nic:
-            with self._step('Giving rank 0 its public address'):
+            with self._step('Moving the public address'):
                 self.ec2.associate_address(AllocationId=self.address['AllocationId'], NetworkInterfaceId=nic, AllowReassociation=True)
             self.address = {**self.address, 'NetworkInterfaceId': nic}
         first['PublicIpAddress'] = self.address['PublicIp']
@@ -49,7 +51,7 @@ def _adopt(self:AWSCluster, found):
 @patch
 def _find(self:AWSCluster):
     "Machines of the newest generation that live, by rank, running; notes which generations there were"
-    with self._step('Looking for its machines'): every = all_machines(self.ec2, self.name)
+    with self._step('Looking for the machines'): every = all_machines(self.ec2, self.name)
     self.generation = max([self.generation, *map(generation_of, every)])
     live = [i for i in every if is_live(i)]
     newest = [i for i in live if generation_of(i)==max(map(generation_of, live))]
@@ -104,7 +106,7 @@ def _give_up(self:AWSCluster, e, others):
     try:
         if not others: self.down(again=True)
         else:
-            with self._step('Ending its machines'): end_launch(self.ec2, self.name, self.generation)
+            with self._step('Ending the machines'): end_launch(self.ec2, self.name, self.generation)
     except CloudError as e2: self.say(str(e2))
 
 @patch
@@ -144,7 +146,7 @@ def relaunch(self:AWSCluster):
     with signals_raise(), self.busy:
         self._kept()
         self._disconnect()
-        with self._step('Looking for its machines'): every = all_machines(self.ec2, self.name)
+        with self._step('Looking for the machines'): every = all_machines(self.ec2, self.name)
         self.spent = cost(every) or 0
         self.generation = max([self.generation, *map(generation_of, every)])
         with self._step('Ending the old machines'): end_generation(self.ec2, self.name, self.generation+1, older=True)
@@ -173,7 +175,7 @@ def attach(cls:AWSCluster,
 @patch(as_prop=True)
 def cost(self:AWSCluster)->float: # USD; None if a price is not known
     "What its machines have cost until now, by the prices at which they were launched; those of earlier generations count while AWS shows them, about an hour"
-    with self._step('Looking for its machines'): return cost(all_machines(self.ec2, self.name))
+    with self._step('Looking for the machines'): return cost(all_machines(self.ec2, self.name))
 
 # %% ../../nbs/57_cluster.aws.ipynb #3dff9c27
 @patch
@@ -198,7 +200,9 @@ def __exit__(self:AWSCluster, kind, e, tb):
 def _stay(self:AWSCluster):
     self._disconnect()
     look = f'ssh -F {self.ssh_config()} rank0' if (self.folder/'key').exists() else 'from the laptop that made it'
-    self.say(f'The machines stay for {self.watch.get("failed", 20):g} minutes if nobody comes; touch ~/fastimagenet/watch/hold on them to keep them for an hour\n'
+    failed,done,lease = (self.watch.get(k, signature(watchdog).parameters[k].default) for k in ('failed','done','lease'))
+    self.say(f'The machines end {failed:g} minutes after a run that failed, {done:g} after one that ended well, {lease:g} if none was started; '
+             'touch ~/fastimagenet/watch/hold on them to keep them for an hour\n'
              f'To look: {look}\nTo remove it: {self.undo}')
 
 # %% ../../nbs/57_cluster.aws.ipynb #ed7187d2

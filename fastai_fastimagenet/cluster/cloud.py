@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['cluster_tag', 'efs_tag', 'price_tag', 'aws_kinds', 'CloudError', 'undo_command', 'error_code', 'aws_errors',
-           'cloud_step', 'signals_raise', 'together', 'tags_of', 'id_of', 'state_of', 'tagged', 'client', 'clients']
+           'cloud_step', 'signals_raise', 'together', 'tags_of', 'id_of', 'state_of', 'tagged', 'aws_session', 'client',
+           'clients']
 
 # %% ../../nbs/47_cluster.cloud.ipynb #7c2e933e
 import signal, threading
@@ -45,7 +46,7 @@ def cloud_step(
     try: yield
     except aws_errors() as e:
         raise CloudError(f'{what} of cluster {name} in {region} failed: {str(e).rstrip(".")}{_hints.get(error_code(e), "")}. '
-                         f'What was made is removed by: {undo_command(name, region)}') from e
+                         f'What there is of it is removed by: {undo_command(name, region)}') from e
 
 @contextmanager
 def signals_raise():
@@ -104,6 +105,14 @@ def tagged(
     return [o for o in mine if state_of(o) not in _gone]
 
 # %% ../../nbs/47_cluster.cloud.ipynb #11b04817
+def aws_session(region:str|None=None):
+    "Session of boto3 with credentials and settings from the environment, and the region"
+    try: import boto3
+    except ImportError: raise ImportError("AWS needs boto3: pip install 'fastai_fastimagenet[aws]'") from None
+    s = boto3.Session(region_name=region)
+    if not s.region_name: raise ValueError("Which region? Say region='us-east-1' (in the shell `--region us-east-1`), or set AWS_DEFAULT_REGION")
+    return s
+
 _connect,_read = 10,30 # Seconds until a call that is not answered is repeated
 _made,_one = WeakKeyDictionary(),threading.Lock() # Clients of a session, which makes one at a time
 

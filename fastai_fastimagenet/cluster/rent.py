@@ -55,8 +55,8 @@ def disks(
     always = dict(VolumeType='gp3', Encrypted=True, DeleteOnTermination=True)
     res = [dict(DeviceName=image.root, Ebs=dict(always, VolumeSize=image.gb))]
     if volume is None: return res
-    v = dict(snapshot=volume) if isinstance(volume, str) else dict(volume)
-    if not set(v)<=set(_volume_keys) or not str(v.get('snapshot', '')).startswith('snap-'):
+    v = dict(snapshot=volume) if isinstance(volume, str) else volume
+    if not isinstance(v, dict) or not set(v)<=set(_volume_keys) or not str(v.get('snapshot', '')).startswith('snap-'):
         raise ValueError(f"`volume` must be a snapshot 'snap-...', or dict(snapshot='snap-...', size=, iops=, throughput=), got {volume!r}")
     return res+[dict(DeviceName='/dev/sdf', Ebs={**always, **{_volume_keys[k]: o for k,o in v.items()}})]
 
