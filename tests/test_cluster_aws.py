@@ -461,6 +461,30 @@ def test_machines_that_do_not_answer(aws, session, monkeypatch):
     (c.folder/'ssh_config').unlink(missing_ok=True)
     with pytest.raises(ClusterError, match='rank0'): c.tasks
 
+def fake_ssh(tmp_path, monkeypatch, connects='exit'):
+    "A command `ssh` that does here what it is asked to do there; what it does to connect"
+    from test_cluster_cli import ssh_there
+    env,_ = ssh_there(tmp_path)
+    monkeypatch.setenv('PATH', env['PATH'])
+    f = tmp_path/'bin/ssh'
+    f.write_text(f.read_text().replace('-*N*) exit;;', f'-*N*) {connects};;'))
+
+def test_machines_whose_set_up_does_not_end(aws, session, monkeypatch, tmp_path):
+    fake_ssh(tmp_path, monkeypatch)
+    monkeypatch.setattr(reach, '_ssh_wait', .5)
+    monkeypatch.setattr(reach, '_ssh_poll', .1)
+    c = order(session, 1).create()
+    with pytest.raises(ClusterError, match=f'rank0: its set-up did not end within 0.5 s. Look at its console \\(EC2: Get system log\\), or remove it: {c.undo}'): c.tasks
+
+def test_machines_that_refuse(aws, session, monkeypatch, tmp_path):
+    "A machine may do so while it is set up, but not for ten minutes"
+    fake_ssh(tmp_path, monkeypatch, 'echo "me@there: Permission denied (publickey)." >&2; exit 255')
+    monkeypatch.setattr(reach, '_refused_wait', .3)
+    monkeypatch.setattr(reach, '_ssh_poll', .1)
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match='rank0: it refuses the login'): order(session, 1).create().tasks
+    assert time.monotonic()-began<30
+
 def test_machines_over_ssh(aws, session, monkeypatch):
     "Three machines with an sshd in place of moto's: reached through rank 0, they know each other's names, and the host key is checked"
     from hosts import make_hosts

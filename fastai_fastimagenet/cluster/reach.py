@@ -42,6 +42,8 @@ def ssh_config(self:Reach)->Path:
 
 # %% ../../nbs/56_cluster.reach.ipynb #7a1c0d09
 _ssh_wait,_ssh_poll,_beat = 600,3,60 # Seconds: longest wait for a machine to be reached, between tries, between two signs of life for the watchdogs
+_refused_wait = 120 # Seconds: for one that answers and refuses, as it may while it is set up
+_unready = 'not set up yet'
 
 @patch
 def knock(self:Reach):
@@ -66,12 +68,15 @@ def _connect(self:Reach):
 @patch
 def _ready(self:Reach, names, task):
     "Wait until the machine is set up, and give it the names of all"
-    end = time.monotonic()+_ssh_wait
+    began = time.monotonic()
     while True:
-        try: problems = task.sh(f'cat ~/fastimagenet/watch/ready || exit\n{set_names} && touch ~/fastimagenet/watch/lease', names)
-        except HostError:
-            if time.monotonic()>end: raise
-        else: break
+        waited = time.monotonic()-began
+        try: problems = task.sh(f'cat ~/fastimagenet/watch/ready 2>/dev/null || exec echo {_unready}\n{set_names} && touch ~/fastimagenet/watch/lease', names)
+        except HostError as e:
+            if waited>(_ssh_wait if isinstance(e, (HostDead,ConnectionLost)) else min(_refused_wait, _ssh_wait)): raise
+        else:
+            if problems!=_unready: break
+            if waited>_ssh_wait: raise HostError(task.name, f'its set-up did not end within {_ssh_wait} s. Look at its console (EC2: Get system log), or remove it: {self.undo}')
         time.sleep(_ssh_poll)
     for line in problems.splitlines(): self.say(f'{task.name}: {line}')
 
