@@ -426,7 +426,7 @@ def test_plan_is_what_is_done(aws, session):
 def test_plan_without_credentials(aws, monkeypatch, tmp_path):
     for k in ('AWS_ACCESS_KEY_ID','AWS_SECRET_ACCESS_KEY'): monkeypatch.delenv(k)
     p = AWSCluster('im', 2, region=region, ssh_from='203.0.113.7/32').plan()
-    assert not aws.log() and 'table of' in str(p) and 'NoCredentialsError' in str(p)
+    assert not aws.log() and 'price list of 2026' in str(p) and 'NoCredentialsError' in str(p)
     assert {'DescribeInstanceTypes','DescribeInstanceTypeOfferings','GetServiceQuota'}<=set(p.unknown) and 'RunInstances' in {n for _,n,_ in p.calls}
 
 # -- ssh

@@ -1,6 +1,7 @@
 "What machines cost and where they are, asked of moto behind the proxy"
 from datetime import datetime, timedelta, timezone
 import pytest
+from fastai_fastimagenet.machines import profiles
 from fastai_fastimagenet.cluster.market import *
 from fastai_fastimagenet.cluster.cloud import client
 
@@ -14,7 +15,7 @@ def machine(session, name='p4d.24xlarge'): return machine_info(client(session, '
 @pytest.mark.parametrize('name,gpus,gb,gbit,efa', [('p4d.24xlarge',8,40,400,4), ('p5.48xlarge',8,80,3200,32), ('p6-b300.48xlarge',8,268.6,6400,16), ('g6.xlarge',1,22.4,10,0), ('c5.large',0,0,10,0)])
 def test_machines(session, name, gpus, gb, gbit, efa):
     m = machine(session, name)
-    assert (m.gpus,m.network_gbit,m.efa_nics)==(gpus,gbit,efa) and m.gpu_gb==pytest.approx(gb, abs=.1) and m.grouped and m.arch=='x86_64'
+    assert (m.gpus,m.network_gbit,len(m.efa_cards))==(gpus,gbit,efa) and m.gpu_gb==pytest.approx(gb, abs=.1) and m.grouped and m.arch=='x86_64'
 
 def test_machines_that_cannot_be_rented(session, aws):
     with pytest.raises(ValueError, match='p4d.24xlarge'): machine(session, 'p3.16xlarge')
@@ -39,8 +40,10 @@ def test_prices_that_may_not_be_looked_up(session, aws):
     denied = [dict(do='error', action=a, code='AccessDeniedException') for a in ('GetProducts','DescribeSpotPriceHistory')]
     aws.set(faults=denied)
     found = offers(session, 'p4d.24xlarge', region)
-    assert {o.price for o in found}=={21.96} and found[0].market=='spot'
-    assert all('AccessDenied' in o.source and 'table of' in o.source for o in found)
+    assert {o.price for o in found}=={profiles['p4d.24xlarge'].usd} and found[0].market=='spot'
+    assert all('AccessDenied' in o.source and profiles['p4d.24xlarge'].usd_from in o.source for o in found)
+    aws.set(faults=[dict(f) for f in denied])
+    assert {o.price for o in offers(session, 'p6-b300.48xlarge', region)}=={142.42}
     aws.set(faults=[dict(f) for f in denied])
     assert all(o.price is None for o in offers(session, 'c5.xlarge', region))
 

@@ -138,7 +138,7 @@ def test_lookups_that_fail(aws, tmp_path):
     denied = dict(do='error', action='DescribeVolumes', code='UnauthorizedOperation')
     aws.set(faults=[dict(denied, times=1000)])
     with pytest.raises(CloudError, match='volumes in us-east-1.*UnauthorizedOperation'): resources(session(aws), region)
-    assert [(c.name,c.unknown,c.others) for c in clusters(session(aws), region)]==[('demo',['volume'],7)]
+    assert [(c.name,c.unknown) for c in clusters(session(aws), region)]==[('demo',['volume'])]
     left,said = take_down(aws)
     assert [(r.kind,r.id) for r in left]==[('volume','?')] and left[0].billable and 'UnauthorizedOperation' in said and 'Try again: fastimagenet-cluster down demo' in said
     aws.set(faults=[denied])
@@ -165,7 +165,7 @@ def test_clusters(aws, tmp_path):
     assert (big.name,big.nodes,big.states,big.machine,big.zone,big.market,big.generation,big.owner)==('big',3,{'running':3},'g5.xlarge',zone,'spot','2','me@laptop')
     assert big.price==1.5 and 0<=big.cost<.1 and big.expires.year==2099 and big.launched.tzinfo
     assert (small.nodes,small.market,small.price)==(1,'on-demand',None)
-    assert (empty.name,empty.nodes,empty.states,empty.machine,empty.launched,empty.others,empty.owner)==('empty',0,{},'',None,7,'me@laptop')
+    assert (empty.name,empty.nodes,empty.states,empty.machine,empty.launched,empty.owner)==('empty',0,{},'',None,'me@laptop')
     before = len(aws.log())
     clusters(session(aws), region)
     assert len(aws.log())-before==13

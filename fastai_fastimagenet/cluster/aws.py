@@ -173,7 +173,7 @@ def attach(cls:AWSCluster,
 
 # %% ../../nbs/57_cluster.aws.ipynb #8ca73774
 @patch(as_prop=True)
-def cost(self:AWSCluster)->float: # USD; None if a price is not known
+def cost(self:AWSCluster)->float|None: # USD; None if a price is not known
     "What its machines have cost until now, by the prices at which they were launched; those of earlier generations count while AWS shows them, about an hour"
     with self._step('Looking for the machines'): return cost(all_machines(self.ec2, self.name))
 

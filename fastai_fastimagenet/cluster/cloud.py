@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['cluster_tag', 'efs_tag', 'price_tag', 'aws_kinds', 'CloudError', 'undo_command', 'error_code', 'aws_errors',
-           'cloud_step', 'signals_raise', 'together', 'tags_of', 'id_of', 'state_of', 'tagged', 'aws_session', 'client',
-           'clients']
+           'cloud_step', 'signals_raise', 'together', 'tags_of', 'tag_list', 'id_of', 'state_of', 'tagged',
+           'aws_session', 'client', 'clients']
 
 # %% ../../nbs/47_cluster.cloud.ipynb #7c2e933e
 import signal, threading
@@ -21,9 +21,12 @@ price_tag = 'fastimagenet:price' # A machine's: USD per hour, written at launch
 class CloudError(RuntimeError):
     "AWS did not do what a cluster needs; says what and why, and how to undo it"
 
-def undo_command(name, region): return f'fastimagenet-cluster down {name} --region {region}'
+def undo_command(name:str, region:str)->str:
+    "Shell command that removes cluster `name`"
+    return f'fastimagenet-cluster down {name} --region {region}'
 
 def error_code(e)->str: # E.g. 'DependencyViolation'; name of the class if AWS did not answer
+    "What AWS calls error `e`"
     return (getattr(e, 'response', None) or {}).get('Error', {}).get('Code') or type(e).__name__
 
 _hints = {'VpcLimitExceeded': '. Each cluster has a VPC of its own, and a region has room for 5 until you ask for more '
@@ -86,8 +89,17 @@ def tags_of(o)->dict:
     "Tags of one of the things AWS lists"
     return {t['Key']: t['Value'] for t in o.get('Tags') or o.get('TagSet') or []}
 
-def id_of(kind, o): return o[aws_kinds[kind][2]]
-def state_of(o): return o['State']['Name'] if isinstance(o.get('State'), dict) else o.get('State', '')
+def tag_list(tags:dict)->list:
+    "`tags` as AWS takes them"
+    return [dict(Key=k, Value=str(v)) for k,v in tags.items()]
+
+def id_of(kind:str, o)->str:
+    "Id of `o`, one of the things of `kind` that AWS lists"
+    return o[aws_kinds[kind][2]]
+
+def state_of(o)->str: # E.g. 'running'; '' if it has none
+    "State of one of the things AWS lists"
+    return o['State']['Name'] if isinstance(o.get('State'), dict) else o.get('State', '')
 
 def tagged(
     ec2, # Client of boto3

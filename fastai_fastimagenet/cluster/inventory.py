@@ -20,10 +20,9 @@ class Resource:
     "Something at AWS that belongs to a cluster"
     kind:str
     id:str
-    name:str
     cluster:str
     region:str
-    usd:float=0. # Per hour; None if it is not known
+    usd:float|None=0. # Per hour; None if it is not known
     raw:dict=field(default_factory=dict, repr=False) # As AWS describes it
     why:str='' # It could not be removed
 
@@ -54,17 +53,17 @@ def _mount_targets(efs, found, region):
         try: return efs.describe_mount_targets(FileSystemId=fs)['MountTargets']
         except efs.exceptions.FileSystemNotFound: return []
     every = [t for ts in together(*(partial(targets, fs) for fs in {*own, *noted})) for t in ts if t['LifeCycleState']!='deleted']
-    return [Resource('mount target', t['MountTargetId'], t['FileSystemId'], c, region, raw=t) for t in every if (c := vpcs.get(t.get('VpcId')) or own.get(t['FileSystemId']))]
+    return [Resource('mount target', t['MountTargetId'], c, region, raw=t) for t in every if (c := vpcs.get(t.get('VpcId')) or own.get(t['FileSystemId']))]
 
 def look(ec2, efs, region, name=None, kinds=None):
     "All there is of cluster `name`, or of `kinds` alone; and what could not be looked up, with id '?'"
     def ask(kind, f):
         try: return f()
-        except aws_errors() as e: return Resource(kind, '?', '', name or '?', region, None if kind in ('instance','address','volume','file system') else 0., why=str(e))
+        except aws_errors() as e: return Resource(kind, '?', name or '?', region, None if kind in ('instance','address','volume','file system') else 0., why=str(e))
     def kind_of(kind):
         what = _file_systems(efs, name) if kind=='file system' else tagged(ec2, kind, name)
         ids = lambda o: o['FileSystemId'] if kind=='file system' else id_of(kind, o)
-        return [Resource(kind, ids(o), tags_of(o).get('Name', ''), tags_of(o)[cluster_tag], region, _usd(kind, o), o) for o in what]
+        return [Resource(kind, ids(o), tags_of(o)[cluster_tag], region, _usd(kind, o), o) for o in what]
     res = together(*(partial(ask, k, partial(kind_of, k)) for k in kinds or [*aws_kinds, 'file system']))
     found = [r for rs in res if isinstance(rs, list) for r in rs]
     if not kinds: res.append(ask('mount target', lambda: _mount_targets(efs, found, region)))
@@ -94,12 +93,11 @@ class ClusterState:
     machine:str # Type
     zone:str
     market:str # 'spot' or 'on-demand'
-    launched:datetime # First of the machines
-    expires:datetime
+    launched:datetime|None # First of the machines
+    expires:datetime|None
     owner:str
-    price:float # USD per hour of all machines; None if some are not tagged with it
-    cost:float # USD until now, of the machines that are still there
-    others:int # Other things that belong to it
+    price:float|None # USD per hour of all machines; None if some are not tagged with it
+    cost:float|None # USD until now, of the machines that are still there
     unknown:list # Kinds of things that could not be looked up
 
 def _time(s):
@@ -125,7 +123,7 @@ def _cluster_state(name, region, rs, unknown):
     return ClusterState(name, region, tags.get('fastimagenet:generation', ''), len(run), {s: states.count(s) for s in dict.fromkeys(states)},
         join(lambda o: o['InstanceType']), join(lambda o: o['Placement']['AvailabilityZone']), join(lambda o: o.get('InstanceLifecycle', 'on-demand')),
         min((o['LaunchTime'] for o in raws), default=None), _time(tags.get('fastimagenet:expires')), tags.get('fastimagenet:owner', ''),
-        sum(r.usd for r in run) if known else None, sum(r.usd*(now-r.raw['LaunchTime']).total_seconds()/3600 for r in run) if known else None, len(rs)-len(ms), unknown)
+        sum(r.usd for r in run) if known else None, sum(r.usd*(now-r.raw['LaunchTime']).total_seconds()/3600 for r in run) if known else None, unknown)
 
 def clusters(
     session, # Of boto3

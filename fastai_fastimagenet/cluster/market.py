@@ -10,6 +10,7 @@ import json, re
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from ..machines import *
 from .cloud import *
 
 # %% ../../nbs/54_cluster.market.ipynb #f12be9c7
@@ -22,13 +23,9 @@ class Machine:
     gpu_name:str # '' without GPU
     gpu_gb:float # Memory of one GPU
     network_gbit:float # Of all cards; for a short time where AWS says 'Up to'
-    nics:int # Network cards
     efa_cards:tuple=() # Numbers of the cards that take an EFA interface
     grouped:bool=True # May be in a cluster placement group
     arch:str='x86_64'
-
-    @property
-    def efa_nics(self)->int: return len(self.efa_cards)
 
 def _gbit(text):
     found = re.search(r'(?:(\d+)x )?([\d.]+) Gigabit', text or '')
@@ -39,7 +36,7 @@ def _machine(name, o):
     cards = net.get('NetworkCards') or [{}]
     efa = [c['NetworkCardIndex'] for c in cards if 'efa' in c.get('InterfaceTypes', [])][:net.get('EfaInfo', {}).get('MaximumEfaInterfaces', 0)]
     return Machine(name, o['VCpuInfo']['DefaultVCpus'], gpu.get('Count', 0), gpu.get('Name', ''), gpu.get('MemoryInfo', {}).get('SizeInMiB', 0)/1024,
-                   _gbit(net.get('NetworkPerformance')), len(cards), tuple(efa), 'cluster' in o.get('PlacementGroupInfo', {}).get('SupportedStrategies', []),
+                   _gbit(net.get('NetworkPerformance')), tuple(efa), 'cluster' in o.get('PlacementGroupInfo', {}).get('SupportedStrategies', []),
                    o['ProcessorInfo']['SupportedArchitectures'][-1])
 
 # %% ../../nbs/54_cluster.market.ipynb #7deb57db
@@ -59,17 +56,15 @@ def machine_info(
     return _machine(name, found[0])
 
 # %% ../../nbs/54_cluster.market.ipynb #95fad260
-_table_from = 'table of 2025-26 for us-east-1, may be wrong by now'
-_table = { # USD per hour, on demand; SkyPilot's catalogue, and price lists in public code for G
-    'p4d.24xlarge':21.96, 'p4de.24xlarge':27.45, 'p5.48xlarge':55.04, 'p5en.48xlarge':63.30, 'p6-b200.48xlarge':113.93, 'p6-b300.48xlarge':142.42,
-    'p3dn.24xlarge':31.21, 'g5.48xlarge':16.29, 'g6.48xlarge':13.35, 'g6e.48xlarge':30.13, 'g7e.48xlarge':33.14}
+_more = {'p6-b200.48xlarge':113.93, 'p6-b300.48xlarge':142.42, 'g7e.48xlarge':33.14} # USD per hour, on demand, of types that `profiles` lacks
+_more_from = "SkyPilot's catalogue and price lists in public code, 2025-26, us-east-1"
 
 @dataclass(frozen=True)
 class Offer:
     "Where a machine may be had, and for how much"
     zone:str
     market:str # 'spot' or 'on-demand'
-    price:float # USD per machine and hour; None if it is not known
+    price:float|None # USD per machine and hour; None if it is not known
     source:str # Where the price is from
 
     def __str__(self): return f'{self.market} in {self.zone}, ' + (f'${self.price:.2f} per machine and hour ({self.source})' if self.price is not None else f'price unknown ({self.source})')
@@ -97,7 +92,8 @@ def _on_demand(name, asked):
     price,why = asked
     if price: return price,'price list'
     why = f'price list: {why or "no entry"}'
-    return (_table[name],f'{_table_from}; {why}') if name in _table else (None,why)
+    usd,source = (profiles[name].usd,profiles[name].usd_from) if name in profiles else (_more.get(name),_more_from)
+    return (usd,f'{source}, may be wrong by now; {why}') if usd else (None,why)
 
 # %% ../../nbs/54_cluster.market.ipynb #8ca73774
 def _zones(ec2, name):
@@ -128,7 +124,7 @@ def offers(
 _codes = [('p[2-4]','spot','L-7212CCBC'), ('p[5-9]','spot','L-C4BD4855'), ('p','on-demand','L-417A185B'), ('g','spot','L-3819A6DF'), ('vt','spot','L-3819A6DF'),
           ('g','on-demand','L-DB2E81BA'), ('vt','on-demand','L-DB2E81BA'), (r'[acmrt]\d','spot','L-34B43A08'), (r'[acmrt]\d','on-demand','L-1216C47A')]
 
-def quota_code(machine:str, market:str)->str: # None if we know of none
+def quota_code(machine:str, market:str)->str|None: # None if we know of none
     "Code by which Service Quotas knows the vCPUs of `machine`"
     return next((c for family,m,c in _codes if m==market and re.match(family, machine)), None)
 
@@ -164,7 +160,7 @@ def check_quota(
 # %% ../../nbs/54_cluster.market.ipynb #caf90bba
 def hours_for(
     nodes:int, # Machines
-    price:float, # USD per machine and hour; None if it is not known
+    price:float|None, # USD per machine and hour; None if it is not known
     max_hours:float,
     max_dollars:float|None=None # No limit by default
 )->float:
@@ -182,7 +178,7 @@ def hours_for(
 def cost(
     instances:list, # As AWS describes them, with the tag of the price
     now:datetime|None=None # By default now
-)->float: # USD; None if a price is not known
+)->float|None: # USD; None if a price is not known
     "What `instances` have cost since they were launched; those that ended count until they did"
     def hours(o):
         said = re.search(r'\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)', o.get('StateTransitionReason') or '')

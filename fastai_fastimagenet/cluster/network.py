@@ -25,8 +25,6 @@ _makers = { # Name in tags, operation, where in its answer, how AWS says that it
     'key pair': ('key-pair', 'import_key_pair', None, 'InvalidKeyPair.Duplicate'),
     'placement group': ('placement-group', 'create_placement_group', 'PlacementGroup', 'InvalidPlacementGroup.Duplicate')}
 
-def _tag_list(tags): return [dict(Key=k, Value=v) for k,v in tags.items()]
-
 class _Parts:
     "Makes the parts of a network that are missing, and finds the others"
     def __init__(self, ec2, name, region, tags):
@@ -54,7 +52,7 @@ class _Parts:
         "A new `kind` with our tags, or the one that AWS says exists, if it is ours"
         resource,op,part,exists = _makers[kind]
         with self.step(f'Making the {kind}'):
-            made = self.call(op, [exists], TagSpecifications=[dict(ResourceType=resource, Tags=_tag_list(self.tags))], **kw)
+            made = self.call(op, [exists], TagSpecifications=[dict(ResourceType=resource, Tags=tag_list(self.tags))], **kw)
         if made: return made[part] if part else made
         same = [o for o in self.look(kind) if all(o[k]==kw[k] for k in ('VpcId','AvailabilityZone') if k in kw)]
         if same: return same[0]
@@ -170,7 +168,7 @@ def file_system(self:_Parts, client):
             found = client.describe_file_systems(CreationToken=token)['FileSystems']
             if found and found[0]['LifeCycleState']=='available': return found[0]['FileSystemId']
             try:
-                if not found: found = [client.create_file_system(CreationToken=token, Encrypted=True, Tags=_tag_list(self.tags))]
+                if not found: found = [client.create_file_system(CreationToken=token, Encrypted=True, Tags=tag_list(self.tags))]
             except ClientError as e:
                 if error_code(e)!='FileSystemAlreadyExists': raise
             if found and found[0]['LifeCycleState']=='available': return found[0]['FileSystemId']
@@ -182,7 +180,7 @@ def disk(self:_Parts, vpc, efs, client):
     "Id of the file system, noted on the VPC"
     fs = self.file_system(client) if efs is True else efs
     if not any(tags_of(v).get(efs_tag)==fs for v in self.found['VPC']):
-        with self.step(f'Noting file system {fs} on the VPC'): self.call('create_tags', Resources=[vpc], Tags=_tag_list({efs_tag:fs}))
+        with self.step(f'Noting file system {fs} on the VPC'): self.call('create_tags', Resources=[vpc], Tags=tag_list({efs_tag:fs}))
     return fs
 
 @patch
