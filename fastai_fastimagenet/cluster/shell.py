@@ -165,14 +165,18 @@ elif [ -d "$dst" ]; then mv -f "$new" "$dst"/
 else mv -f "$new" "$dst"; fi'''
 
 def kill_group(p):
+    "End process `p`, which leads a group, and all of the group"
     try: os.killpg(p.pid, signal.SIGKILL)
     except (ProcessLookupError,PermissionError): pass # macOS says the second of one that has ended
 
-def shorten(cmd):
+def shorten(cmd:str)->str:
+    "The beginning of `cmd`, for messages"
     first,more,_ = cmd.strip().partition('\n')
     return f'`{first[:80]}{"..." if more or len(first)>80 else ""}`'
 
-def last_lines(*outs, n=20): return [l for o in outs for l in o.decode(errors='replace').splitlines()[-n:]]
+def last_lines(*outs, n:int=20)->list:
+    "The last `n` lines of each of `outs`, in bytes"
+    return [l for o in outs for l in o.decode(errors='replace').splitlines()[-n:]]
 
 def pipe(
     host:str, # For messages
