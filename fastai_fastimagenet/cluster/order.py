@@ -8,12 +8,11 @@ __all__ = ['Order']
 # %% ../../nbs/56_cluster.order.ipynb #683c0943
 import getpass, re, socket, threading
 from datetime import datetime, timedelta, timezone
-from difflib import get_close_matches
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from fastcore.basics import patch, store_attr
-from ..phase import is_int
+from ..phase import is_int, nearest
 from .access import *
 from .cloud import *
 from .market import *
@@ -44,7 +43,7 @@ class Order:
         **watch # More for `watchdog`, e.g. failed=60: minutes that machines stay after a run that failed
     ):
         options = [*signature(type(self)).parameters, *(k for k in signature(watchdog).parameters if k not in ('folder','max_minutes'))]
-        if bad := next((k for k in watch if k not in options), None): raise TypeError('. Nearest: '.join([f'{type(self).__name__} has no option `{bad}`', *get_close_matches(bad, options, 1)]))
+        if bad := next((k for k in watch if k not in options), None): raise TypeError(f'{type(self).__name__} has no option `{bad}`.{nearest(bad, options)}')
         if not re.fullmatch('[a-z][a-z0-9-]{0,29}', name): raise ValueError(f'A name has small letters, digits and -, begins with a letter, and has at most 30 characters, got {name!r}')
         if not is_int(nodes) or nodes<1: raise ValueError(f'`nodes` must be a whole number, 1 or more, got {nodes!r}')
         if max_hours<.1: raise ValueError(f'`max_hours` must be .1 or more, as machines take some minutes to start, got {max_hours}')
