@@ -44,7 +44,7 @@ def range_test(
     low:float=1e-4, # First learning rate
     high:float=10, # Last one
     steps:int=100,
-    seed:int=0 # Of the pictures' order and crops
+    seed:int=0 # Of the images' order and crops
 )->tuple: # Learning rates, and the loss in the step with each; the lists end where the loss is four times that of the first steps, or no number
     "Losses while the learning rate grows; `learn` is left as it was. In several processes all must call it, and all get the means"
     if steps<=_n_start: raise ValueError(f'`steps` must be more than {_n_start}, the steps that say where the loss begins; got {steps}')
@@ -126,11 +126,11 @@ def auto_schedule(
     learn:Learner, # With its data, model and optimizer; its loaders set the size of the last phase
     minutes:float # For training with the table, evaluation included
 )->Schedule:
-    "A table for `learn` from trials of it, that trains in `minutes` here: sizes up to that of its loaders, batches that fit, learning rates by a range test; `learn` is left as it was. In several processes all must call it. `ValueError` if one epoch takes longer, or there are too few pictures for trials"
+    "A table for `learn` from trials of it, that trains in `minutes` here: sizes up to that of its loaders, batches that fit, learning rates by a range test; `learn` is left as it was. In several processes all must call it. `ValueError` if one epoch takes longer, or there are too few images for trials"
     if not (is_num(minutes) and minutes>0): raise ValueError(f'`minutes` must be a number above 0, got {minutes!r}')
     with learn.ddp():
         world,sizes,n_train = num_distrib() or 1,auto_sizes(dl_size(learn.dls.train)),dl_layers(learn.dls.train)[-1].n
-        if n_train<(least := _few_steps*_least_bs*world): raise ValueError(f'{n_train} training pictures are too few to try tables with, {least} are needed. Write the table by hand')
+        if n_train<(least := _few_steps*_least_bs*world): raise ValueError(f'{n_train} training images are too few to try tables with, {least} are needed. Write the table by hand')
         say(f'Measuring training at {", ".join(map(str, dict.fromkeys(sizes)))} pixels')
         batches,points = _measure_sizes(learn, sizes, min(10, 3*minutes), world)
         say(f'Testing learning rates at {sizes[0]} pixels with batches of {batches[sizes[0]]*world}')
@@ -140,6 +140,6 @@ def auto_schedule(
     def table(n): return auto_table(n, sizes, batches, lr, min_scale, world)
     def takes(n): return plan_measured(table(n), measured).minutes
     n = largest(lambda n: takes(n)<=minutes, _most_epochs)
-    if not n: raise ValueError(f'One epoch takes {takes(1):.2f} minutes here. Give more than that, take smaller pictures or fewer of them')
+    if not n: raise ValueError(f'One epoch takes {takes(1):.2f} minutes here. Give more than that, take smaller images or fewer of them')
     note = f'auto: {n} epochs{", the most that are tried"*(n==_most_epochs)}, {takes(n):.2f} of {minutes:g} minutes expected; learning rate {lr:.3g} from a range test with batches of {batches[sizes[0]]*world}'
     return Schedule(table(n).phases, world, (note,))

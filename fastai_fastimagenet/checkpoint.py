@@ -148,9 +148,9 @@ class Checkpoint(FitCallback):
         for n,state in s['cbs'].items():
             if n in self._stateful(): self._stateful()[n].load_state_dict(state)
         self.learn.dl.planned = None # A callback may have changed the batch size
-        say(f'Resumed from {self.file}: epoch {s["epoch"]}, {s["done"]} of {self.learn.dl.n} pictures done')
+        say(f'Resumed from {self.file}: epoch {s["epoch"]}, {s["done"]} of {self.learn.dl.n} images done')
 
-    def before_batch(self): self.learn.iter += self.learn.dl.steps_before() # As if the epoch had not been broken off
+    def before_batch(self): self.learn.iter += self.learn.dl.steps_before() # As if the epoch had not been interrupted
 
     def _stateful(self):
         "What else has a state: callbacks, and the scaler of mixed precision"

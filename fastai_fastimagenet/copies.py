@@ -18,11 +18,11 @@ from .index import *
 
 # %% ../nbs/14_copies.ipynb #9769c744
 def copy_size(
-    width, # Of the picture (pixels); numbers or arrays
+    width, # Of the image (pixels); numbers or arrays
     height,
     short:int # Short side of the copy (pixels)
 )->tuple: # Width, height (pixels)
-    "Size of a copy, which is never larger than the picture"
+    "Size of a copy, which is never larger than the image"
     scale = np.minimum(1, short/np.minimum(width, height))
     return tuple(np.maximum(1, np.rint(o*scale)).astype(int) for o in (width,height))
 
@@ -58,7 +58,7 @@ def _read_journal(file, short):
             if str(short) in rows: yield dict(zip(('name',*_row.names), (name,*rows[str(short)])))
 
 def journal_line(
-    name:str, # Of the picture
+    name:str, # Of the image
     rows:dict # Short side -> row
 )->bytes:
     "A line of the journal; it begins with its line break, so that a torn line does not spoil the next"
@@ -91,7 +91,7 @@ _largest = 2**34 # Bytes of a pixel file
 _same = ('size','mtime','width','height','file','offset')
 
 class CopySet:
-    "The copies of the pictures in `index` with one short side, below `dst`"
+    "The copies of the images in `index` with one short side, below `dst`"
     def __init__(self,
         dst:Path, # Its folder is in there
         short:int, # Short side (pixels)
@@ -141,7 +141,7 @@ class CopySet:
         self.gone |= self.fill(at, _read_journal(file, self.short))
 
     def fill(self, at:dict, found)->set:
-        "Take over rows that are `found`, if they are about the pictures as they are; returns the other names"
+        "Take over rows that are `found`, if they are about the images as they are; returns the other names"
         gone,rows,now = set(),self.rows,self.rows[list(_same)]
         for r in found:
             i = at.get(r['name'])
@@ -163,7 +163,7 @@ class CopySet:
         return st.st_size==self.rows['bytes'][i] and st.st_mtime_ns==self.rows['mtime'][i]
 
     def prepare(self, todo:np.ndarray):
-        "Make room for the copies of pictures `todo`; there is no index until all is done"
+        "Make room for the copies of images `todo`; there is no index until all is done"
         self.folder.mkdir(exist_ok=True)
         (self.folder/index_name).unlink(missing_ok=True)
         if not self.raw:

@@ -64,7 +64,7 @@ def open_image(
 )->Image.Image:
     "`Image.open`, whose error does not name the file or the place in memory"
     try: return Image.open(f)
-    except UnidentifiedImageError: raise UnidentifiedImageError('no picture that Pillow knows') from None
+    except UnidentifiedImageError: raise UnidentifiedImageError('no image that Pillow knows') from None
 
 def read_header(
     path # Image file, any format that Pillow opens
@@ -80,7 +80,7 @@ def _orientation_of(im):
     "EXIF orientation of Pillow image `im`, 1 if there is none that must be applied"
     if im.format=='TIFF': return 1 # Pillow applies it
     try: o = im.getexif().get(0x0112)
-    except Exception: return 1 # Damaged EXIF data, which raise errors of many kinds, leave the picture as it is
+    except Exception: return 1 # Damaged EXIF data, which raise errors of many kinds, leave the image as it is
     return o if o in range(1, 9) else 1
 
 # %% ../nbs/11_decode.ipynb #984b68ca
@@ -94,9 +94,9 @@ def dct_scale(
 
 def snap(
     box:tuple, # Left, upper, width, height (pixels)
-    scale:int # As of `dct_scale`
-)->tuple: # Left, upper, right, lower of the scaled picture (pixels)
-    "`box` in whole pixels of the picture that is decoded to `scale` eighths"
+    scale:int # As in `dct_scale`
+)->tuple: # Left, upper, right, lower of the scaled image (pixels)
+    "`box` in whole pixels of the image that is decoded to `scale` eighths"
     x,y,w,h = box
     x0,y0 = round(x*scale/8),round(y*scale/8)
     return x0,y0,max(x0+1, round((x+w)*scale/8)),max(y0+1, round((y+h)*scale/8))
@@ -162,11 +162,11 @@ def upright(
     height:int,
     orientation:int # EXIF, 1 to 8
 )->tuple: # Width, height (pixels)
-    "Size of a picture when its orientation is applied"
+    "Size of an image when its orientation is applied"
     return (height,width) if orientation in _turned else (width,height)
 
 def _stored_box(box, size, orientation):
-    "`box` of the upright picture in the stored one, whose upright size is `size`"
+    "`box` of the upright image in the stored one, whose upright size is `size`"
     x,y,w,h = box
     if orientation in _mirrored: x = size[0]-x-w
     if orientation in _flipped: y = size[1]-y-h
@@ -176,17 +176,17 @@ def turn(
     t:torch.Tensor, # (H,W,3), as stored
     orientation:int # EXIF, 1 to 8
 )->torch.Tensor:
-    "The picture upright"
+    "The image upright"
     if orientation in _turned: t = t.transpose(0, 1)
     return t.flip([d for d,os in ((1,_mirrored),(0,_flipped)) if orientation in os])
 
 # %% ../nbs/11_decode.ipynb #17109fe7
 def decode(
     b, # Image file; a bytearray is changed, and decodes faster than bytes
-    box:tuple|None=None, # Left, upper, width, height (pixels); by default the whole picture
+    box:tuple|None=None, # Left, upper, width, height (pixels); by default the whole image
     shape:tuple|None=None, # Height, width of the result (pixels); by default those of the box
     exact:bool=False, # No shortcuts in the cosine transform and the colours? With them pixels are within 46 dB on average, 33 at worst
-    orientation:int=1 # EXIF orientation to apply; `box` and `shape` are those of the upright picture
+    orientation:int=1 # EXIF orientation to apply; `box` and `shape` are those of the upright image
 )->torch.Tensor: # (H,W,3) uint8
     "Decode the part `box` of an image file and resize it to `shape`; errors are those of simplejpeg and Pillow"
     head = jpeg_header(b)
@@ -196,7 +196,7 @@ def decode(
     box = box or (0,0,*size)
     shape = shape or (round(box[3]),round(box[2]))
     if not (0<=box[0]<=box[0]+box[2]<=size[0] and 0<=box[1]<=box[1]+box[3]<=size[1]) or min(box[2:])<=0:
-        raise ValueError(f'The box {box} does not lie in this picture of {size[0]}x{size[1]} pixels')
+        raise ValueError(f'The box {box} does not lie in this image of {size[0]}x{size[1]} pixels')
     if orientation!=1:
         box = _stored_box(box, size, orientation)
         if orientation in _turned: shape = shape[::-1]
@@ -225,9 +225,9 @@ def _harmless(e):
 
 def decode_strictly(
     b, # Image file
-    shape:tuple=(1,1) # Height, width that the result has at least, if the picture has (pixels)
+    shape:tuple=(1,1) # Height, width that the result has at least, if the image has (pixels)
 )->np.ndarray: # (H,W,3) uint8
-    "The whole picture, at the smallest scale that covers `shape`; errors of simplejpeg and Pillow if it is damaged"
+    "The whole image, at the smallest scale that covers `shape`; errors of simplejpeg and Pillow if it is damaged"
     head = jpeg_header(b)
     if head: # Pillow alone does not find all damage of a JPEG
         scale = dct_scale((0,0,head.width,head.height), shape)

@@ -42,7 +42,7 @@ class DDPTrainer(FitCallback):
     idle_in = () # In `lr_find` it says that this does not work
     def __init__(self,
         compress:str|None=None, # 'fp16' or 'bf16': send gradients in 16 bits
-        sync_bn:bool=False, # Batch norm over all processes' pictures? Needs GPUs
+        sync_bn:bool=False, # Batch norm over all processes' images? Needs GPUs
         **kwargs # For `DistributedDataParallel`: find_unused_parameters, bucket_cap_mb, static_graph, ...
     ):
         if compress not in (None, *_compressions): raise ValueError(f'`compress` must be None, "fp16" or "bf16", got {compress!r}')
@@ -134,7 +134,7 @@ def ddp(self:Learner,
 ):
     "Train and evaluate on all processes that a launcher started; the same as without it on one. All of them must call the same methods"
     if any(type(c).__name__=='DistributedTrainer' for c in self.cbs):
-        raise ValueError('This Learner is in fastai\'s `distrib_ctx`, whose validation counts padding as pictures and whose loaders ignore a '
+        raise ValueError('This Learner is in fastai\'s `distrib_ctx`, whose validation counts padding as images and whose loaders ignore a '
                          'change of batch size. Use `with learn.ddp():` instead')
     inside = any(isinstance(c, DDPTrainer) for c in self.cbs)
     given = [*kwargs, *(['timeout'] if timeout is not None else [])]

@@ -59,8 +59,8 @@ def gpus()->list: # Of `Finding`
 def loads(
     size:int=128, # (pixels)
     seconds:float=1
-)->float: # Pictures per second of one core
-    "How fast this machine cuts random crops out of a picture of 500 x 375 pixels"
+)->float: # Images per second of one core
+    "How fast this machine cuts random crops out of an image of 500 x 375 pixels"
     from fastai_fastimagenet.photos import render
     from fastai_fastimagenet.decode import decode
     import torch
@@ -86,12 +86,12 @@ def others(
 def cores(
     names:list # Of the GPUs
 )->list: # Of `Finding`
-    "Do the cores load as many pictures as the GPUs take?"
+    "Do the cores load as many images as the GPUs take?"
     from fastai_fastimagenet.machines import profiles
     from fastai_fastimagenet.planner import load_ms, per_vcpu
     n,one = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),loads()
     rate = one*per_vcpu*min(n, 8*max(1, len(names))) # As many loader processes as there are by default
-    what = f'{n} virtual cores load about {rate:,.0f} pictures/s at 128 px, one alone {one:,.0f}'
+    what = f'{n} virtual cores load about {rate:,.0f} images/s at 128 px, one alone {one:,.0f}'
     takes = sum(max((m.images_s for m in profiles.values() if m.gpu in name), default=0) for name in names)*(224/128)**2
     if not takes: return [Finding('ok', what)]
     if rate>takes: return [Finding('ok', f'{what}; ResNet-50 on these GPUs takes {takes:,.0f}')]
@@ -110,7 +110,7 @@ def _some_files(path, n=300):
     return res
 
 def disk(
-    path # Folder with pictures
+    path # Folder with images
 )->list: # Of `Finding`
     "How fast files below `path` can be read one by one, past the cache where the system can do that, and what is free"
     path = Path(path).expanduser()
@@ -127,10 +127,10 @@ def disk(
     except OSError as e: return [Finding('wrong', f'{e.filename} cannot be read', e.strerror)]
     t = max(time.perf_counter()-began, 1e-9)
     what = f'{path}: one process reads {len(files)/t:,.0f} files/s, {size/t/1e6:,.0f} MB/s; {shutil.disk_usage(path).free/1e9:,.0f} GB are free'
-    return [Finding('ok', what) if len(files)/t>500 else Finding('better', what, 'this disk is slow for small files: copy the pictures to a local SSD, or fastimagenet-presize --format raw, which reads few large ones')]
+    return [Finding('ok', what) if len(files)/t>500 else Finding('better', what, 'this disk is slow for small files: copy the images to a local SSD, or fastimagenet-presize --format raw, which reads few large ones')]
 
 def layout(
-    path # Folder with pictures
+    path # Folder with images
 )->list: # Of `Finding`
     "Is `path` laid out as training expects it? Folders are counted, files are not looked at"
     from fastai_fastimagenet.loader import splits
@@ -169,7 +169,7 @@ def helpers()->list: # Of `Finding`
     return [*(there(shutil.which(k), k, why) for k,why in _helpers.items()), there(boto, 'boto3', "machines and prices at AWS: pip install 'fastai_fastimagenet[aws]'")]
 
 def examine(
-    path=None # Folder with pictures
+    path=None # Folder with images
 )->list: # Of `Finding`
     "All of it"
     res = [Finding('ok', f'Python {platform.python_version()}, {platform.platform()}'), Finding('ok', version_text), *packages()]
@@ -183,7 +183,7 @@ def examine(
 def main(argv=None):
     "Examine this machine; the exit status is 1 if something is wrong"
     p = ArgumentParser('fastimagenet-doctor', description='What is missing on this machine, and what would make it train faster.')
-    p.add_argument('data', nargs='?', help='folder with pictures, to see how fast they can be read')
+    p.add_argument('data', nargs='?', help='folder with images, to see how fast they can be read')
     p.add_argument('--version', action='version', version=version_text)
     found = examine(p.parse_args(argv).data)
     print(*found, sep='\n')

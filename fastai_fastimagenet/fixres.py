@@ -21,9 +21,9 @@ from fastai.callback.core import *
 def hold_out(
     dls, # Of `imagenet_dls`; its training set becomes smaller
     share:float=.05, # Of each class, at least one image, but never the only one
-    seed:int=0 # Another seed, other pictures
-)->ImageDL: # Loader of the pictures held out, which evaluates as `dls.valid` does
-    "Take pictures out of the training set of `dls`, for choices that must not be made on the validation set; `ValueError` if too few are left"
+    seed:int=0 # Another seed, other images
+)->ImageDL: # Loader of the images held out, which evaluates as `dls.valid` does
+    "Take images out of the training set of `dls`, for choices that must not be made on the validation set; `ValueError` if too few are left"
     dl = dl_layers(dls.train)[-1]
     if not isinstance(dl, ImageDL): raise ValueError('`hold_out` needs the loaders of `imagenet_dls`')
     if not 0<share<1: raise ValueError(f'`share` must be between 0 and 1, got {share!r}')
@@ -31,8 +31,8 @@ def hold_out(
     of_class = [rng.permutation(np.flatnonzero(pics.labels==c)) for c in np.unique(pics.labels)]
     held = np.sort(np.concatenate([o[:min(len(o)-1, max(1, round(share*len(o))))] for o in of_class]))
     kept = np.setdiff1d(np.arange(len(pics)), held)
-    if len(kept)<dl.bs: raise ValueError(f'{len(kept)} training pictures would be left, fewer than a batch of {dl.bs}: hold out a smaller share')
-    def part(which, split): return dataset(Pictures(pics.index, pics.rows[which], pics.labels[which], pics.source.exif), dls.vocab, split)
+    if len(kept)<dl.bs: raise ValueError(f'{len(kept)} training images would be left, fewer than a batch of {dl.bs}: hold out a smaller share')
+    def part(which, split): return dataset(Images(pics.index, pics.rows[which], pics.labels[which], pics.source.exif), dls.vocab, split)
     dl.dataset = part(kept, 0)
     dl.n = len(kept)
     return dls.valid.new(part(held, 1))
@@ -40,12 +40,12 @@ def hold_out(
 # %% ../nbs/31_fixres.ipynb #134af912
 def find_test_size(
     learn, # `Learner` with a trained model
-    dl, # Loader of pictures that it was not trained on, and that no result is reported on, e.g. of `hold_out`
+    dl, # Loader of images that it was not trained on, and that no result is reported on, e.g. of `hold_out`
     sizes:list|None=None, # Short sides to try (pixels); by default from the loader's size to 1.5 times as much, in steps of 32
-    crop_pcts:tuple=(.875,1.) # Shares of the picture to try
-)->pd.DataFrame: # A row for each way to test, the best first: size (pixels), crop_pct, rect, top1, loss, pixels (of a picture, on average)
+    crop_pcts:tuple=(.875,1.) # Shares of the image to try
+)->pd.DataFrame: # A row for each way to test, the best first: size (pixels), crop_pct, rect, top1, loss, pixels (of an image, on average)
     "Top-1 and loss of `learn` with several image sizes, as centre crops and on rectangles (Touvron et al. 2019, arxiv.org/abs/1906.06423); `ValueError` for the validation set"
-    if hasattr(dl, 'loaders') or dl.dataset in (learn.dls.valid_ds,learn.dls.train_ds): raise ValueError('An accuracy that was used to choose is too good: give pictures of their own, e.g. of `hold_out`, not the training or validation set')
+    if hasattr(dl, 'loaders') or dl.dataset in (learn.dls.valid_ds,learn.dls.train_ds): raise ValueError('An accuracy that was used to choose is too good: give images of their own, e.g. of `hold_out`, not the training or validation set')
     if sizes is not None and not (is_listy(sizes) and sizes and all(isinstance(s, int) and s>0 for s in sizes)): raise ValueError(f'`sizes` must be a list of short sides in pixels, e.g. [128,160], got {sizes!r}')
     size = dl_size(dl)
     sizes = [size, *range(size//32*32+32, int(1.5*size)+1, 32)] if sizes is None else list(sizes)

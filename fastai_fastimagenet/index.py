@@ -86,7 +86,7 @@ def _read(root, names, check):
     return np.array(heads, np.uint32),bad
 
 def _read_many(root, names, check, workers):
-    if check and len(names)>5000: print(f'Decoding {len(names)} pictures in {root} to find damaged ones, which is done once', flush=True)
+    if check and len(names)>5000: print(f'Decoding {len(names)} images in {root} to find damaged ones, which is done once', flush=True)
     n = 32 if check else 1024
     jobs = [(str(root), names[i:i+n], check) for i in range(0, len(names), n)]
     parts = list(WorkerPool(_read, 0 if len(jobs)<3 else min(8, num_cpus()) if workers is None else workers).run(jobs))
@@ -129,9 +129,9 @@ class ImageIndex:
         return self.root/os.fsdecode(self.table['name'][i])
 
     def sizes(self,
-        exif:bool=False # Of the upright pictures?
+        exif:bool=False # Of the upright images?
     )->tuple: # Widths, heights (pixels)
-        "Size of each picture"
+        "Size of each image"
         return upright_sizes(self.table, exif)
 
 def _is_raw(table): return len(table)>0 and table['kind'][0]==RAW

@@ -29,7 +29,7 @@ def image_folder(
 
 def class_of(
     path, # Folder that holds `train` and `val`
-    file # Picture below it
+    file # Image below it
 )->str:
     "The class of `file`: the folder below `train` or `val` that it lies in; elsewhere the folder that it lies in"
     file = Path(file)
@@ -49,7 +49,7 @@ def _classes(names, split):
 def find_images(
     path, # Folder with `train` and `val`, `validation` or `valid`, a folder for each class in each
     exif:bool=False # Apply EXIF orientations?
-)->tuple: # `Pictures` for training and for validation, names of the classes, [(file, error)] of what was left out
+)->tuple: # `Images` for training and for validation, names of the classes, [(file, error)] of what was left out
     "The images under `path` that can be decoded; `ValueError` says what is wrong with the folder"
     path = image_folder(path)
     index = index_folder(path, check=True, only=splits)
@@ -63,18 +63,18 @@ def find_images(
     vocab = sorted(classes)
     if len(vocab)<2: raise ValueError(f'{path/train} has one class, {vocab[0]}: a classifier needs two folders or more')
     unknown = sorted(valid_classes.keys()-classes.keys())
-    if unknown: raise ValueError(f'{path/valid} has classes of which {path/train} has no picture that can be read: {", ".join(unknown[:5])}')
+    if unknown: raise ValueError(f'{path/valid} has classes of which {path/train} has no image that can be read: {", ".join(unknown[:5])}')
     place = {c: i for i,c in enumerate(vocab)}
-    def pictures(cs):
+    def images(cs):
         rows = np.concatenate([np.arange(*o) for o in cs.values()])
-        return Pictures(index, rows, np.repeat([place[c] for c in cs], [b-a for a,b in cs.values()]), exif)
-    return pictures(classes),pictures(valid_classes),vocab,index.bad
+        return Images(index, rows, np.repeat([place[c] for c in cs], [b-a for a,b in cs.values()]), exif)
+    return images(classes),images(valid_classes),vocab,index.bad
 
 splits = ('train','val','validation','valid') # Folders: for training, for validation
 
 def _no_images(path, ss, index):
     here = [path/s for s in ss if (path/s).is_dir()]
-    if here: return f'{here[0]} has no class folder with pictures that can be read ({len(index.bad)} files tried)'
+    if here: return f'{here[0]} has no class folder with images that can be read ({len(index.bad)} files tried)'
     return (f'{path} has no folder {" or ".join(ss)}. Expected ImageNet\'s layout: {ss[0]}/CLASS/*.JPEG; it holds '
             f'{", ".join(sorted(p.name for p in path.iterdir() if p.name[0]!=".")[:5]) or "nothing"}')
 
@@ -100,7 +100,7 @@ def imagenet_dls(
     if bad and strict: raise ValueError(f'{len(bad)} files cannot be decoded: {bad[0][0]} ({bad[0][1]}), ... Remove them, or leave out `strict`')
     world = num_distrib() or 1
     if len(train)<bs*world:
-        raise ValueError(f'{path} has {len(train)} training pictures, fewer than one batch of {bs}{f" for each of {world} processes" if world>1 else ""}. '
+        raise ValueError(f'{path} has {len(train)} training images, fewer than one batch of {bs}{f" for each of {world} processes" if world>1 else ""}. '
                          f'Use {f"`bs={len(train)//world}` or less" if len(train)>=world else "fewer processes"}')
     if workers is None: workers = min(8, max(1, num_cpus()//int(os.environ.get('LOCAL_WORLD_SIZE', world)))) if sys.platform=='linux' else 0
     pool = WorkerPool(make_batch, workers, pin_memory=torch.cuda.is_available())
@@ -113,13 +113,13 @@ def imagenet_dls(
     return dls
 
 def dataset(
-    pictures:Pictures,
+    images:Images,
     vocab:list, # Names of the classes
     split_idx:int # 0 training, 1 validation
 )->Datasets:
-    "Pictures and their classes, as fastai shows and predicts them"
-    opener = Transform(partial(_open, pictures.source))
-    opener.input_types = (Path,str,bytes,ndarray,Tensor) # As of `PILImage.create`
-    return Datasets(pictures, [[opener], [partial(class_of, pictures.source.root), Categorize(vocab)]], split_idx=split_idx)
+    "Images and their classes, as fastai shows and predicts them"
+    opener = Transform(partial(_open, images.source))
+    opener.input_types = (Path,str,bytes,ndarray,Tensor) # As in `PILImage.create`
+    return Datasets(images, [[opener], [partial(class_of, images.source.root), Categorize(vocab)]], split_idx=split_idx)
 
-def _open(source, file): return PILImage.create(read_picture(source, file) if isinstance(file, (str,Path)) else file)
+def _open(source, file): return PILImage.create(read_image(source, file) if isinstance(file, (str,Path)) else file)

@@ -25,7 +25,7 @@ class Profile:
     usd:float # Per hour, on demand, Linux, us-east-1; 0 if the machine is your own
     usd_from:str # Where the price is from, and of when
     rent:bool # Can it be rented today, with a Deep Learning image for it?
-    images_s:float # Training pictures of 224 pixels per second of one GPU, 16-bit precision, the fixed part of a step not counted
+    images_s:float # Training images of 224 pixels per second of one GPU, 16-bit precision, the fixed part of a step not counted
     step_s:float # Fixed part of a step (seconds)
     net_share:float # Part of `gbit` that all-reduce gets
     overlap:float # Part of all-reduce that backward can hide

@@ -88,7 +88,7 @@ def untouched(
     learn:Learner,
     seed:int=0 # Of what is random inside
 ):
-    "Leave weights, optimizer, order of pictures and random numbers of `learn` as they were, whatever is trained inside; without metrics, and without callbacks that write, watch or stop"
+    "Leave weights, optimizer, order of images and random numbers of `learn` as they were, whatever is trained inside; without metrics, and without callbacks that write, watch or stop"
     model,opt,metrics,dl = learn.model,learn.opt,learn.metrics,dl_layers(learn.dls.train)[-1]
     watchers = [c for c in learn.cbs if isinstance(c, _watchers)]
     weights,rng = {k: v.detach().cpu().clone() for k,v in model.state_dict().items()},getattr(dl, 'rng', None)

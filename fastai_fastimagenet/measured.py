@@ -22,7 +22,7 @@ class Point:
     size:int # Image side (pixels)
     bs:int # Images per process
     step_s:float # Seconds of computation in a step
-    wait_s:float # Seconds that a step waits for its pictures
+    wait_s:float # Seconds that a step waits for its images
     eval_s:float # Seconds of the evaluation after an epoch
     epoch_s:float # Seconds of an epoch that are neither steps nor evaluation
     new:bool=False # Was it an epoch with a new size or batch?
@@ -34,7 +34,7 @@ class Measured:
     "A machine as it was measured: what `plan_measured` needs to know"
     points:tuple # Of `Point`
     world:int # Processes
-    n_train:int # Training pictures
+    n_train:int # Training images
     source:str # Where this was measured, in words
 
     def knows(self, size:int, bs:int, data:str=''): return any((p.size,p.bs,p.data)==(size,bs,data) for p in self.points)
@@ -102,9 +102,9 @@ def plan_measured(
     schedule:Schedule, # Converted by linear scaling if it is for another number of processes than were measured
     measured:Measured, # From `measured_run` or `measure`
     price:float|None=None, # USD per hour of the machine
-    n_train:int|None=None # Training pictures; by default as many as were measured with
+    n_train:int|None=None # Training images; by default as many as were measured with
 )->Plan:
-    "What `schedule` takes where `measured` was measured, with the same model, loaders and validation pictures"
+    "What `schedule` takes where `measured` was measured, with the same model, loaders and validation images"
     check_schedule(schedule)
     schedule,n_train = schedule.for_world(measured.world),n_train or measured.n_train
     check_batches(schedule, n_train)
@@ -121,7 +121,7 @@ def plan_measured(
                              images_s=images/(times['compute']+times['data']), bottleneck=f'{p.size} px, batch {p.bs}: {what[max(what, key=times.get)]}'))
     new = dict.fromkeys(f'{p.size} px in batches of {p.bs}{f" from {p.data}"*bool(p.data)}' for p in schedule.phases if not measured.knows(p.size, p.bs, p.data))
     notes = [f'Not measured but reckoned from other sizes and batches: {", ".join(new)}'] if new else []
-    return Plan('machine as measured', 1, price, _price_from(price), measured.source, schedule, res, f'{n_train:,} training pictures', notes)
+    return Plan('machine as measured', 1, price, _price_from(price), measured.source, schedule, res, f'{n_train:,} training images', notes)
 
 def _price_from(price): return 'given' if price is not None else 'none was given'
 
@@ -136,7 +136,7 @@ def actual(
     for r in rows: res.setdefault(sched.at(r['epoch']).phase, []).append(r)
     phases = [_phase_actual(sched, i, rs) for i,rs in sorted(res.items())]
     notes = [] if len(rows)==sched.n_epoch else [f'{len(rows)} of {sched.n_epoch} epochs are done']
-    return Plan('machine as it was', 1, price, _price_from(price), f'the run in {out}; communication between processes counts as compute', sched, phases, f'{round(median(r["images"] for r in rows)):,} training pictures', notes, 'Actual')
+    return Plan('machine as it was', 1, price, _price_from(price), f'the run in {out}; communication between processes counts as compute', sched, phases, f'{round(median(r["images"] for r in rows)):,} training images', notes, 'Actual')
 
 def _phase_actual(sched, i, rows):
     p,t = sched.phases[i],{k: sum(r[f'{k}_s'] for r in rows) for k in ('compute','data','eval','switch','other')}

@@ -110,8 +110,8 @@ class TimeToAccuracy(FitCallback):
     "Stop the fit when validation reaches `top1` or `top5` (both, if both are given)"
     order = 65 # After the epoch is logged
     def __init__(self,
-        top1:float|None=None, # Share of pictures whose first guess is right, e.g. .76
-        top5:float|None=None # Share of pictures that are among the first five guesses, e.g. .93
+        top1:float|None=None, # Share of images whose first guess is right, e.g. .76
+        top5:float|None=None # Share of images that are among the first five guesses, e.g. .93
     ):
         self.targets = {k: v for k,v in dict(top1=top1, top5=top5).items() if v is not None}
         for k,v in self.targets.items():

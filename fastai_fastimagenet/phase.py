@@ -19,7 +19,7 @@ class Phase:
     bs:int|None=None # Images per process
     lr:float|tuple|None=None # Learning rate, or (start, end) to move linearly from batch to batch
     data:str|None=None # Suffix of the data directory, e.g. '-sz/160' for smaller copies; '' for the directory itself
-    min_scale:float|None=None # Smallest share of the picture's area that RandomResizedCrop takes
+    min_scale:float|None=None # Smallest share of the image's area that RandomResizedCrop takes
     rect:bool|None=None # Validate on rectangles?
 
 # %% ../nbs/01_phase.ipynb #1e9eb37a

@@ -66,7 +66,7 @@ classes = [f'{f}_{v}' for f in families for v in 'ab']
 def _colour(rng, lo, hi): return 255*np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(.1,.9), rng.uniform(lo,hi)))
 
 def _object(cls, rng):
-    "RGBA picture of one object of class number `cls`"
+    "RGBA image of one object of class number `cls`"
     name,v = list(families)[cls//2],cls%2
     mask,second,third = families[name](v, rng.uniform(.92,1.08))
     light,dark = _colour(rng,.6,1.),_colour(rng,.1,.42)
@@ -111,12 +111,12 @@ def _camera(img, rng):
 
 # %% ../nbs/10_photos.ipynb #e32b88eb
 def render(
-    i:int, # Number of the picture; class `i % 20`
+    i:int, # Number of the image; class `i % 20`
     split:str='train', # 'train' or 'val'
     seed:int=0, # Another seed, another data set
     short:int=160, # Short side (pixels)
 )->tuple: # Pillow image (RGB) and class number
-    "Render one picture"
+    "Render one image"
     if split not in ('train','val'): raise ValueError(f"`split` must be 'train' or 'val', got {split!r}")
     rng,cls = np.random.default_rng([seed, ('train','val').index(split), i]),i%len(classes)
     aspect = max(1, rng.choice(_aspects, p=_shares)*(1+rng.normal()*.02))
@@ -146,8 +146,8 @@ def _pool():
     return ProcessPoolExecutor(mp_context=get_context('fork')) if sys.platform=='linux' else ThreadPoolExecutor(os.cpu_count())
 
 def photos(
-    n_train:int=4000, # Training pictures
-    n_valid:int=1000, # Validation pictures
+    n_train:int=4000, # Training images
+    n_valid:int=1000, # Validation images
     seed:int=0, # Another seed, another data set
     short:int=160, # Short side (pixels)
     path=None, # Folder that holds the data sets; by default fastai's data folder

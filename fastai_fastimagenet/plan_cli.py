@@ -36,7 +36,7 @@ def _parser():
     p.add_argument('--nodes', help='machines, 1 by default; several numbers, as 1,2,4, give a table; --budget and --deadline try up to 16 by default')
     p.add_argument('--price', help='USD per hour of one machine; "now": what AWS asks for now, "spot": for spot machines (need boto3 and credentials); by default that of the profile')
     p.add_argument('--region', help='for --price now and spot')
-    p.add_argument('--images', type=int, help='training pictures, with 4 %% as many for validation; by default those of ImageNet, or of the run')
+    p.add_argument('--images', type=int, help='training images, with 4 %% as many for validation; by default those of ImageNet, or of the run')
     p.add_argument('--from', dest='out', help='folder of a run: plan with its rates, for the machine it ran on')
     p.add_argument('--measure', metavar='DATA', help='plan with the rates of this machine: a minute of steps on "photos", "imagenette" or a folder with train and val')
     p.add_argument('--arch', help='model for --measure, as in fastimagenet-train')
@@ -76,7 +76,7 @@ def _check_together(a):
                          (a.arch and not a.measure,'--arch','it is the model of --measure; profiles are of ResNet-50'),
                          (a.actual and a.nodes and not a.machine,'--nodes','they are of a --machine'), (a.actual and a.schedule,'--schedule','--actual has that of the run'), (a.actual and a.images is not None,'--images','--actual has those of the run')):
         if no: raise ValueError(f'Leave out `{with_}`: {why}')
-    if a.images is not None and a.images<1: raise ValueError(f'There must be training pictures, got --images {a.images}')
+    if a.images is not None and a.images<1: raise ValueError(f'There must be training images, got --images {a.images}')
 
 def _is_first(): return os.environ.get('RANK', '0')=='0' # Of several processes, one prints
 
@@ -105,7 +105,7 @@ def _answer(a):
         return f'Predicted, to 93 % top-5:\n{show_options(found)}\n\n{found[0].plan}', [dict(recipe=o.recipe, **json.loads(o.plan.to_json())) for o in found]
     if a.actual: return _compared(a)
     if not a.schedule: raise ValueError(f'Give a table with `--schedule`: a JSON file, or one of {", ".join(recipes)}. Or ask for `--deadline` or `--budget`')
-    if not (a.machine or a.out or a.measure): raise ValueError(f'Give a machine with `--machine`: one of {", ".join(profiles)}; or `--from` the folder of a run, or `--measure` with pictures')
+    if not (a.machine or a.out or a.measure): raise ValueError(f'Give a machine with `--machine`: one of {", ".join(profiles)}; or `--from` the folder of a run, or `--measure` with images')
     p = _planned(a, find_schedule(a.schedule), a.images, _price(a))
     if isinstance(p, Plan): return str(p), json.loads(p.to_json())
     return f'Predicted, {a.machine}:\n{p}', [dict(efficiency=e, **json.loads(o.to_json())) for o,e in zip(p.plans, p.efficiency())]
@@ -124,7 +124,7 @@ def _compared(a):
     if not (a.machine or a.out or a.measure): return str(was), json.loads(was.to_json())
     if a.measure and not a.arch: a.arch = _arch_of(Path(a.actual))
     p = _planned(a, was.schedule, measured_run(a.actual).n_train, price)
-    if a.machine: p = replace(p, notes=('Profiles are of ResNet-50; validation with 4 % as many pictures as training, as for ImageNet',))
+    if a.machine: p = replace(p, notes=('Profiles are of ResNet-50; validation with 4 % as many images as training, as for ImageNet',))
     return f'{p}\n\n{was}\n\n{beside(p, was)}', dict(predicted=json.loads(p.to_json()), actual=json.loads(was.to_json()))
 
 def main(argv=None):

@@ -19,8 +19,8 @@ def load_ms(
     data:str, # Column `data` of the table: '' for the originals, '-sz/160' for copies with a short side of 160 pixels, '-raw/160' for pixels
     size:int # Image side (pixels)
 )->float: # Milliseconds of one core
-    "Core time in which `imagenet_dls` loads a training picture like ImageNet's, about 500 x 375 pixels and 110 KB"
-    # benchmarks/loader.py: 882, 792, 3787, 1349 and 12789 pictures per second of one core of an AMD EPYC (November 2026), and a line between them
+    "Core time in which `imagenet_dls` loads a training image like ImageNet's, about 500 x 375 pixels and 110 KB"
+    # benchmarks/loader.py: 882, 792, 3787, 1349 and 12789 images per second of one core of an AMD EPYC (November 2026), and a line between them
     short = data.rpartition('/')[2]
     base = .015 if data.startswith('-raw') else min(1.07, .202*(int(short)/160)**1.27) if short.isdigit() else 1.07
     return base+3.8e-6*size**2
@@ -30,8 +30,8 @@ def _px(size): return (size/224)**2
 def epoch_terms(
     schedule:Schedule,
     epoch:int,
-    n_train:int, # Training pictures
-    n_valid:int, # Validation pictures
+    n_train:int, # Training images
+    n_valid:int, # Validation images
     drop_last:bool=True # As in `Schedule.batches`
 )->dict:
     "What the epoch has to do: `step`, `work`, `start`, `size`, `bs`, `rect`"
@@ -79,9 +79,9 @@ class PhasePlan:
     size:int # (pixels)
     bs:int # Images per process
     steps:int
-    images:int # Training pictures
+    images:int # Training images
     compute:float # Seconds of training steps
-    data:float # Seconds that steps wait for pictures
+    data:float # Seconds that steps wait for images
     network:float # Seconds of all-reduce that nothing hides
     eval:float # Seconds of evaluation
     switch:float # Seconds at the start of epochs, and at a new size
@@ -103,7 +103,7 @@ class Plan:
     rate_from:str
     schedule:Schedule
     phases:list # Of `PhasePlan`
-    task:str # Model and pictures, in words
+    task:str # Model and images, in words
     notes:tuple=() # What is to be known, in words
     word:str='Predicted' # Or 'Actual'
 
@@ -171,15 +171,15 @@ def plan(
     machine:str, # Name of a profile
     nodes:int=1, # Machines
     price:float|None=None, # USD per hour of one machine; by default the profile's
-    n_train:int=1_281_167, # Training pictures; ImageNet's by default
-    n_valid:int=50_000 # Validation pictures
+    n_train:int=1_281_167, # Training images; ImageNet's by default
+    n_valid:int=50_000 # Validation images
 )->Plan:
     "What ResNet-50 with `schedule` takes on `nodes` machines; `ValueError` if it does not fit into their memory, `KeyError` if the machine is not known"
     check_schedule(schedule)
     m = profiles[machine]
     if not is_int(nodes) or nodes<1: raise ValueError(f'`nodes` must be a number of machines, 1 or more, got {nodes!r}')
     if price is not None and not (is_num(price) and price>=0): raise ValueError(f'`price` must be dollars per hour of one machine, got {price!r}')
-    if n_train<1 or n_valid<0: raise ValueError(f'There must be training pictures, got {n_train} and {n_valid} for validation')
+    if n_train<1 or n_valid<0: raise ValueError(f'There must be training images, got {n_train} and {n_valid} for validation')
     schedule = schedule.for_world(nodes*m.gpus)
     for p in schedule.phases: _check_memory(p, m)
     check_batches(schedule, n_train)
@@ -188,15 +188,15 @@ def plan(
         p,need,can = _phase_plan(schedule, i, m, nodes, n_train, n_valid)
         res.append(replace(p, bottleneck=_bottleneck(p, m, nodes, need, can, schedule.phases[i].data)))
     usd,source = (price,'given') if price is not None else (m.usd,m.usd_from)
-    return Plan(machine, nodes, usd, source, m.rate_from, schedule, res, f'ResNet-50, {n_train:,} training and {n_valid:,} validation pictures')
+    return Plan(machine, nodes, usd, source, m.rate_from, schedule, res, f'ResNet-50, {n_train:,} training and {n_valid:,} validation images')
 
 def check_batches(
     schedule:Schedule,
-    n_train:int # Training pictures
+    n_train:int # Training images
 ):
     "`ValueError` if a batch is larger than the training set, as training says too"
     for p in schedule.phases:
-        if p.bs*schedule.world>n_train: raise ValueError(f'A batch of {p.bs*schedule.world} pictures, {p.bs} on each of {schedule.world} processes, is larger than the training set of {n_train}. Use smaller batches or fewer processes')
+        if p.bs*schedule.world>n_train: raise ValueError(f'A batch of {p.bs*schedule.world} images, {p.bs} on each of {schedule.world} processes, is larger than the training set of {n_train}. Use smaller batches or fewer processes')
 
 def _check_memory(p, m):
     have = 1.0737*m.gpu_gb*.95

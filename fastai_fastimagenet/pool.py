@@ -129,8 +129,8 @@ class WorkerPool:
         return others[-1] if others else self.again.get(self.kind)
 
     def expect(self,
-        kind, # As of `run`
-        again # As of `run`
+        kind, # As in `run`
+        again # As in `run`
     ):
         "Say how to make a run of some kind before there was one"
         self.again = {**self.again, kind: again}

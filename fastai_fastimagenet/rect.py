@@ -18,7 +18,7 @@ from fastai.vision.augment import *
 
 # %% ../nbs/15_rect.ipynb #1aedad83
 def rect_shape(
-    aspects, # Width/height of each picture in the batch
+    aspects, # Width/height of each image in the batch
     size:int, # Short side (pixels)
     multiple:int=32 # The long side is rounded to a multiple of this (pixels)
 )->tuple: # Height, width (pixels)
@@ -29,20 +29,20 @@ def rect_shape(
 
 # %% ../nbs/15_rect.ipynb #newcell1
 def kept(
-    aspects, # Width/height of pictures; a number or an array
+    aspects, # Width/height of images; a number or an array
     shape:tuple # Height, width (pixels)
 ): # From 0 to 1
-    "Share of each picture that the largest crop with the aspect ratio of `shape` keeps"
+    "Share of each image that the largest crop with the aspect ratio of `shape` keeps"
     k = np.asarray(aspects)*shape[0]/shape[1]
     return np.minimum(k, 1/k)
 
 def train_shapes(
-    aspects, # Width/height of each picture
+    aspects, # Width/height of each image
     size:int, # Short side of the shapes (pixels)
     n:int=5, # At most so many shapes
     multiple:int=32 # Long sides are multiples of this, or `size` itself (pixels)
 )->list: # [(height, width)], from upright to wide
-    "The shapes that together keep most of the pictures: of all that there are, those that are missed least are left out"
+    "The shapes that together keep most of the images: of all that there are, those that are missed least are left out"
     logs,counts = np.unique(np.log2(aspects).clip(-1.5, 1.5).round(2), return_counts=True)
     longs = [size, *(o for o in range(multiple, int(size*2**1.5)+1, multiple) if o>size)]
     shapes = [(o,size) for o in longs[:0:-1]] + [(size,o) for o in longs]
@@ -55,18 +55,18 @@ def train_shapes(
     return [s for s,best in zip(shapes, (share==share.max(0)).any(1)) if best]
 
 def nearest_shape(
-    aspects, # Width/height of each picture (n,)
+    aspects, # Width/height of each image (n,)
     shapes:list # [(height, width)]
 )->np.ndarray: # Numbers of shapes (n,)
-    "For each picture the shape that keeps most of it"
+    "For each image the shape that keeps most of it"
     return np.stack([kept(aspects, s) for s in shapes]).argmax(0)
 
 # %% ../nbs/15_rect.ipynb #newcell2
 def fill_batches(
-    group, # Group of each picture, in the order in which they come (n,)
-    full:list # Pictures in a batch, for each group
-)->tuple: # [(group, places of the pictures)], places of those that fill no batch
-    "Collect each group's pictures until they fill a batch; what is left at the end joins the group beside it, towards the largest"
+    group, # Group of each image, in the order in which they come (n,)
+    full:list # Images in a batch, for each group
+)->tuple: # [(group, places of the images)], places of those that fill no batch
+    "Collect each group's images until they fill a batch; what is left at the end joins the group beside it, towards the largest"
     batches,left = [],[]
     for g,size in enumerate(full):
         at = np.flatnonzero(group==g)
@@ -87,7 +87,7 @@ def fill_batches(
 
 # %% ../nbs/15_rect.ipynb #a573c087
 def crop_box(
-    width:int, # Of the picture (pixels)
+    width:int, # Of the image (pixels)
     height:int,
     shape:tuple, # Height, width to crop to (pixels)
     crop_pct:float=.875 # Share of the largest such crop that is kept
@@ -100,7 +100,7 @@ def crop_box(
 
 # %% ../nbs/15_rect.ipynb #9c07fa5e
 class RectCrop(RandTransform):
-    "Centre crop of validation pictures to `shape`, by default `size` by `size`"
+    "Centre crop of validation images to `shape`, by default `size` by `size`"
     split_idx,order = 1,1
     def __init__(self,
         size:int, # Short side (pixels)
@@ -117,12 +117,12 @@ class RectCrop(RandTransform):
 
 # %% ../nbs/15_rect.ipynb #b0000002
 class RectAspects:
-    "What loaders of rectangles have in common: the aspect ratios of their pictures, which follow the data set"
+    "What loaders of rectangles have in common: the aspect ratios of their images, which follow the data set"
     passed_on = ('multiple',) # Attributes that `new` hands over
 
     @property
     def aspects(self):
-        "Width/height of each picture; found anew when the data set was exchanged"
+        "Width/height of each image; found anew when the data set was exchanged"
         if self._aspects is None or self._aspects_of is not self.dataset: self._aspects,self._aspects_of = self.find_aspects(self.dataset),self.dataset
         return self._aspects
 

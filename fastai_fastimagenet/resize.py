@@ -41,6 +41,6 @@ class ProgressiveResize(FitCallback):
         self.announce(size=at_epoch(self.sizes, self.epoch+1), min_scale=self.min_scales and at_epoch(self.min_scales, self.epoch+1))
 
     def _resize(self, dl, size):
-        if not (fs := sizers(dl)): return # Validation pictures may have the size that they have
+        if not (fs := sizers(dl)): return # Validation images may have the size that they have
         first,old = self.first_sizes.setdefault(dl_layers(dl)[-1], (dl_size(dl), [f.size for f in fs]))
         for f,o in zip(fs, old): self.change(f, 'size', scaled(o, size/first))

@@ -49,7 +49,7 @@ def read_checkpoint(
     if not isinstance(state, dict) or state.get('format')!=_format: raise ValueError(f'{file} is no checkpoint of this version of fastai_fastimagenet')
     return state
 
-_others = dict(model='another model', optimizer='another optimizer', n_epoch='a fit of another number of epochs', data='other training pictures',
+_others = dict(model='another model', optimizer='another optimizer', n_epoch='a fit of another number of epochs', data='other training images',
                meta='other settings or another table')
 
 def _short(o): return ' '.join(o) if isinstance(o, list) else str(o)
@@ -65,9 +65,9 @@ def check_run(
     if wrong: raise ValueError(f'{file} belongs to {", ".join(wrong)}')
 
 def checkpoint_pos(
-    file # EPOCH-PICTURES.pt
+    file # EPOCH-IMAGES.pt
 )->tuple:
-    "Epoch, and pictures of it that are done"
+    "Epoch, and images of it that are done"
     return tuple(map(int, Path(file).stem.split('-')))
 
 def checkpoints(

@@ -13,7 +13,7 @@ from fastai_fastimagenet.rank_dl import RankDL
 rank,world,out = rank_distrib(),num_distrib() or 1,Path(sys.argv[2])
 classes = 'abcd'
 
-def pictures(folder, n):
+def images(folder, n):
     "`n` JPEG files of odd shapes; the names say the class"
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
@@ -48,10 +48,10 @@ class RightByClass(Metric):
 def seen(preds, targs): return float(len(targs)), sha(preds, targs)
 
 def evaluate():
-    "Losses, metrics and predictions for several numbers of pictures, plain and rectangular"
+    "Losses, metrics and predictions for several numbers of images, plain and rectangular"
     res = {}
     for n in (1,2,53,997):
-        dls = loaders(out/'pictures', 1, n, bs=16, workers=0)
+        dls = loaders(out/'images', 1, n, bs=16, workers=0)
         mets = [accuracy, partial(top_k_accuracy, k=2), RightByClass(), AccumMetric(seen, flatten=False)] + ([RocAuc()] if n>4 else [])
         learn = learner(dls, metrics=mets)
         learn.model.load_state_dict(torch.load(out/'weights.pth'))
@@ -67,7 +67,7 @@ def evaluate():
 
 def evaluate_workers():
     "Worker processes change nothing; a list of batches is evaluated by every process"
-    dls = loaders(out/'pictures', 1, 53, bs=16, workers=2)
+    dls = loaders(out/'images', 1, 53, bs=16, workers=2)
     learn = learner(dls, metrics=accuracy)
     learn.model.load_state_dict(torch.load(out/'weights.pth'))
     with learn.ddp(timeout=1), learn.no_bar(), learn.no_logging():
@@ -105,7 +105,7 @@ def equal():
     "Gradients of each step and weights, in double precision; a global batch of 12, then 24"
     res = {}
     for name,acc in (('step',None), ('accumulate',2)):
-        learn = learner(loaders(out/'pictures', 60, 20, bs=12//world, tfms=Resize(32, 'squish')), no_bn_model(), wd=.1, loss_func=nn.CrossEntropyLoss())
+        learn = learner(loaders(out/'images', 60, 20, bs=12//world, tfms=Resize(32, 'squish')), no_bn_model(), wd=.1, loss_func=nn.CrossEntropyLoss())
         keep = KeepGrads()
         cbs = [Double(), keep, ProgressiveResize({0:24, 1:32}), DynamicBatchSize({0:12//world, 1:24//world}), LRWarmup(1),
                BNWeightDecayExclusion(), RectValidation(1)]
@@ -119,7 +119,7 @@ def equal():
     return {}
 
 class Seen(Callback):
-    "Which pictures, in which shapes"
+    "Which images, in which shapes"
     order = 12
     def before_fit(self): self.rows = getattr(self, 'rows', [])
     def before_train(self): self.rows.append(dict(steps=0, shapes=[]))
@@ -136,7 +136,7 @@ def matrix():
         for workers,persistent in ((0,False),(2,False),(2,True)):
             for change in ('size','batch'):
                 set_seed(1)
-                dls = loaders(out/'pictures', 40, 10, bs=8, workers=workers, persistent=persistent, tfms=crops)
+                dls = loaders(out/'images', 40, 10, bs=8, workers=workers, persistent=persistent, tfms=crops)
                 learn = learner(dls, metrics=accuracy)
                 cb,rows = ProgressiveResize({0:24, 1:32}) if change=='size' else DynamicBatchSize({0:4, 1:8}),Seen()
                 with learn.ddp(timeout=1), learn.no_bar(), learn.no_logging(): getattr(learn, method)(2, .01, cbs=[cb, rows])
@@ -163,7 +163,7 @@ def options():
     for name,kwargs in runs.items():
         set_seed(2)
         model = Unused() if name=='unused' else resnet_small(4)
-        learn = learner(loaders(out/'pictures', 48, 10, bs=8), model)
+        learn = learner(loaders(out/'images', 48, 10, bs=8), model)
         cbs = dict(precision=[BF16()], accumulate=[GradientAccumulation(16)]).get(name, [])
         with learn.ddp(timeout=1, **kwargs), learn.no_bar(), learn.no_logging(): learn.fit(2, .02, cbs=cbs)
         check_state(learn.model, learn.opt)
@@ -175,7 +175,7 @@ def options():
 def starts_equal():
     "Weights, batch norm and optimizer of rank 0 are everybody's, and every rank draws its own crops"
     set_seed(10+rank)
-    learn = learner(loaders(out/'pictures', 40, 10, bs=8), metrics=accuracy)
+    learn = learner(loaders(out/'images', 40, 10, bs=8), metrics=accuracy)
     learn.create_opt()
     for s in [p for g in learn.opt.opt.param_groups for p in g['params']]: learn.opt.opt.state[s]['momentum_buffer'] = torch.full_like(s, rank+1.)
     learn.model[0][1].running_mean.fill_(rank+7.)
@@ -190,7 +190,7 @@ def starts_equal():
 
 def refused():
     "What cannot work says so on every process, and leaves the Learner as it was"
-    learn = learner(loaders(out/'pictures', 40, 10, bs=4))
+    learn = learner(loaders(out/'images', 40, 10, bs=4))
     before,said = sha(*learn.model.parameters()),[]
     def unequal():
         with torch.no_grad(): next(learn.model.parameters())[0] += rank
@@ -217,9 +217,9 @@ class StopAt(Callback):
 def corners():
     "What users do besides: cancel, export, tables, data without targets, one process alone"
     res,models = {},[]
-    files = sorted((out/'pictures').glob('*.jpg'))[:50]
+    files = sorted((out/'images').glob('*.jpg'))[:50]
     table = pd.DataFrame(dict(name=[f.name for f in files], label=[label(f) for f in files], valid=[i>=40 for i in range(50)]))
-    dls = ImageDataLoaders.from_df(table, out/'pictures', valid_col='valid', item_tfms=Resize(32), bs=4, num_workers=0)
+    dls = ImageDataLoaders.from_df(table, out/'images', valid_col='valid', item_tfms=Resize(32), bs=4, num_workers=0)
     class WhichModel(Callback):
         def before_validate(self): models.append(type(self.learn.model).__name__)
     learn = Learner(dls, resnet_small(4), CrossEntropyLossFlat(), opt_func=Adam, metrics=[accuracy, F1Score(average='macro')], cbs=WhichModel(), path=out)
@@ -244,7 +244,7 @@ def phases():
     res = []
     for inside in (False,True):
         set_seed(4)
-        learn = learner(loaders(out/'pictures', 40, 10, bs=8), metrics=[accuracy])
+        learn = learner(loaders(out/'images', 40, 10, bs=8), metrics=[accuracy])
         log = EpochLog(out/f'log_{world}_{inside}.csv')
         with learn.no_bar(), learn.no_logging():
             if inside:
@@ -263,7 +263,7 @@ def rectangles():
     "Rectangular training, with sizes and batches that change, workers, and averaged weights that are evaluated"
     folder = out/'pictures_in_folders'
     if not rank:
-        for i,f in enumerate(sorted((out/'pictures').glob('*.jpg'))[:160]):
+        for i,f in enumerate(sorted((out/'images').glob('*.jpg'))[:160]):
             to = folder/('val' if i%5==0 else 'train')/label(f)/f.name
             to.parent.mkdir(parents=True, exist_ok=True)
             if not to.exists(): shutil.copy(f, to)

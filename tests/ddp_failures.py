@@ -21,7 +21,7 @@ class Misbehave(Callback):
 
 if __name__=='__main__':
     what,folder = sys.argv[1],Path(sys.argv[2])
-    files = sorted((folder/'pictures').glob('*.jpg'))[:40]
+    files = sorted((folder/'images').glob('*.jpg'))[:40]
     if what=='other files' and rank==1: files = files[::-1]
     n_valid = 9 if what=='fewer' and rank==1 else 10
     block = DataBlock((ImageBlock, CategoryBlock(vocab=list(classes))), get_items=lambda o: files[:30+n_valid], get_y=label,

@@ -1,4 +1,4 @@
-"Files of pictures as people have them: damaged, odd, mislabelled"
+"Files of images as people have them: damaged, odd, mislabelled"
 import io, struct, zlib
 import numpy as np, simplejpeg
 from PIL import Image
@@ -36,7 +36,7 @@ def chunk(kind, data):
     return struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data))
 
 def broken_files():
-    "Name -> content of files that are no whole picture"
+    "Name -> content of files that are no whole image"
     im = render(5, short=96)[0]
     b,png,prog = saved(im),saved(im, 'PNG'),saved(im, progressive=True)
     scan,n = b.index(b'\xff\xda'),len(b)
@@ -56,7 +56,7 @@ def broken_files():
     }
 
 def odd_files():
-    "Name -> content and what is odd, '' if nothing, of files that are whole pictures"
+    "Name -> content and what is odd, '' if nothing, of files that are whole images"
     im = render(7, short=96)[0]
     w,h = im.size
     rgb,b = np.asarray(im),saved(im)

@@ -1,7 +1,7 @@
 """Run fastimagenet-presize ten times and kill each run: python presize_kills.py SEED ARGUMENTS, of which the second is the folder for the copies
 
 Runs are forked from here, so that they start at once; each has a session of its own, and only its first process is killed.
-A run is killed when a random number of pictures has come into the journal, and up to 5 ms later."""
+A run is killed when a random number of images has come into the journal, and up to 5 ms later."""
 import os, random, runpy, signal, sys, time
 from pathlib import Path
 import fastai_fastimagenet.copies, fastai_fastimagenet.pool, fastcore.script

@@ -1,4 +1,4 @@
-"Runs that are broken off at every kind of place and go on: `resume_cases.py CASE FOLDER`; prints what they did as JSON"
+"Runs that are interrupted at every kind of place and go on: `resume_cases.py CASE FOLDER`; prints what they did as JSON"
 import json, os, random, signal, socket, sys, time, traceback, warnings
 from pathlib import Path
 warnings.simplefilter('ignore')
@@ -21,7 +21,7 @@ class Break(Callback):
         if self.how=='raise': raise RuntimeError('broken on purpose')
 
 class Steps(Callback):
-    "Which pictures each step saw: a line for each, so that a killed process leaves them"
+    "Which images each step saw: a line for each, so that a killed process leaves them"
     order = 90
     def __init__(self, file): self.file = file
     def after_batch(self):
@@ -34,7 +34,7 @@ def train(out, rank, world, how, step, workers=0, adam=False, acc=0, minutes=1e-
     "One process of a run that goes on if it can"
     set_seed(7)
     model = nn.Sequential(resnet_small(4), nn.Dropout(.2)) # Draws random numbers in the process itself
-    dls = loaders(folder/'pictures', n_train, 10, bs=4, workers=workers, tfms=[RandomResizedCrop(24, min_scale=.5, split_idx=0), RectCrop(24)])
+    dls = loaders(folder/'images', n_train, 10, bs=4, workers=workers, tfms=[RandomResizedCrop(24, min_scale=.5, split_idx=0), RectCrop(24)])
     learn = Learner(dls, model, CrossEntropyLossFlat(), metrics=accuracy, path=out,
                     opt_func=Adam if adam else partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9))
     check = Checkpoint(out/'checkpoints', minutes, resume=bool(checkpoints(out/'checkpoints')))
@@ -115,7 +115,7 @@ def variants():
     return res
 
 def worlds():
-    "Another number of processes: which pictures were seen in each epoch"
+    "Another number of processes: which images were seen in each epoch"
     res = {}
     for before,after in ((2,1),(1,2)):
         for step in (2,5,9):

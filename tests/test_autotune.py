@@ -16,7 +16,7 @@ def test_fits_into_memory(small_photos, seed):
     limit = random.Random(seed).randrange(2*48*48, 20*48*48)
     learn = learner(small_photos, limit=limit)
     sched = auto_schedule(learn, .3)
-    peak = max(o for p in sched.phases for o in ends(p.lr))/sched.phases[0].bs # For one picture
+    peak = max(o for p in sched.phases for o in ends(p.lr))/sched.phases[0].bs # For one image
     for p in sched.phases: assert p.bs==min(16, limit//p.size**2) and max(ends(p.lr))<=peak*p.bs*1.001
     silently(learn, sched.scale_epochs(3))
     assert learn.recorder.losses
@@ -26,18 +26,18 @@ def test_fits_into_memory(small_photos, seed):
 def test_larger_batches_where_they_are_faster(small_photos):
     "Steps of a fixed length: doubled as long as a hundred are left in an epoch, with the learning rate"
     sched = auto_schedule(learner(small_photos, bs=1, seconds=.02), 2)
-    assert {p.bs for p in sched.phases}=={4} and sched.phases[0].size==32 and sched.phases[-1].size==48 # 400 pictures
+    assert {p.bs for p in sched.phases}=={4} and sched.phases[0].size==32 and sched.phases[-1].size==48 # 400 images
     assert {p.bs for p in auto_schedule(learner(small_photos, bs=3, seconds=.02), 2).phases}=={3} # 66 would be left
 
 def test_few_pictures(small_photos, tmp_path):
     "Batches are halved until an epoch has ten steps; where even batches of 8 leave fewer, there is nothing to try"
-    assert {p.bs for p in auto_schedule(learner(small_photos, bs=64), .3).phases}=={32} # 400 pictures
+    assert {p.bs for p in auto_schedule(learner(small_photos, bs=64), .3).phases}=={32} # 400 images
     for split in ('train','val'):
         for f in sorted((small_photos/split).glob('*/*.jpg'))[::6]:
             to = tmp_path/f.relative_to(small_photos)
             to.parent.mkdir(parents=True, exist_ok=True)
             to.symlink_to(f)
-    with pytest.raises(ValueError, match='67 training pictures are too few to try tables with, 80 are needed'): auto_schedule(learner(tmp_path), .3)
+    with pytest.raises(ValueError, match='67 training images are too few to try tables with, 80 are needed'): auto_schedule(learner(tmp_path), .3)
 
 def test_nothing_is_left(small_photos):
     "A fit after it is the fit that would have been without it"

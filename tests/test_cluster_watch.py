@@ -246,10 +246,10 @@ for line in sys.stdin:
 '''
 
 def test_silent_training(machine):
-    "A run that prints nothing and reads pictures which are in memory already is not hung; when it stops reading, it is"
+    "A run that prints nothing and reads images which are in memory already is not hung; when it stops reading, it is"
     run = machine.run('a', log='')
-    (machine.path/'pictures').write_bytes(bytes(4<<20))
-    p = machine.popen([sys.executable, '-c', reader, machine.path/'pictures'], env={'FASTIMAGENET_RUN':str(run)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    (machine.path/'images').write_bytes(bytes(4<<20))
+    p = machine.popen([sys.executable, '-c', reader, machine.path/'images'], env={'FASTIMAGENET_RUN':str(run)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     machine.start(hung=30)
     for _ in range(3):
         assert not machine.wait(20*minute)

@@ -36,7 +36,7 @@ def boxes(size, n, rng):
         yield (int(rng.integers(w-bw+1)),int(rng.integers(h-bh+1)),bw,bh),(side,int(side*rng.choice([1,.75])))
 
 def reference(im, box, shape):
-    "A resize of the same pixels of the whole picture"
+    "A resize of the same pixels of the whole image"
     scale = dct_scale(box, shape)
     x0,y0,x1,y1 = (8//scale*o for o in snap(box, scale))
     return np.asarray(im.resize(shape[::-1], Image.BILINEAR, box=(x0,y0,min(x1, im.width),min(y1, im.height))))

@@ -10,12 +10,12 @@ worlds = pytest.mark.parametrize('world', [2,3])
 
 @pytest.fixture(scope='session')
 def folder(tmp_path_factory):
-    "Pictures and a model whose batch norms have seen something"
+    "Images and a model whose batch norms have seen something"
     sys.argv[1:],args = ['', str(tmp_path_factory.mktemp('ddp'))],sys.argv[1:]
     import ddp_cases
     sys.argv[1:] = args
     from fastai_fastimagenet.models import resnet_small
-    ddp_cases.pictures(ddp_cases.out/'pictures', 998)
+    ddp_cases.images(ddp_cases.out/'images', 998)
     torch.manual_seed(0)
     model = resnet_small(4)
     for b in model.buffers():
@@ -36,7 +36,7 @@ def results(folder):
 @pytest.mark.parametrize('kind', ['plain','rect'])
 @pytest.mark.parametrize('n', [1,2,53,997])
 def test_evaluation_is_exact(results, n, kind, world):
-    "Loss, metrics, predictions to the last bit; every picture once; shares differ by one batch at most"
+    "Loss, metrics, predictions to the last bit; every image once; shares differ by one batch at most"
     one,many = results('evaluate', 1)[f'{n} {kind}'],results('evaluate', world)[f'{n} {kind}']
     for k in ('loss','top1','top2','own','auc','preds','targs','losses','right'): assert one[k]==many[k], k
     assert sum(many['shares'])==n and len(many['shares'])==world
@@ -72,7 +72,7 @@ matrix = list(itertools.product(('fit','fit_one_cycle','fine_tune'), ((0,False),
 
 @pytest.mark.parametrize('method,workers,change,world', matrix)
 def test_matrix(results, method, workers, change, world):
-    "Shapes and steps are those of the table on every process, nobody sees a picture twice, the Learner is left as it was"
+    "Shapes and steps are those of the table on every process, nobody sees an image twice, the Learner is left as it was"
     res = results('matrix', world)[f'{method} {workers[0]} {workers[1]} {change}']
     expect = {'size':[(8,24),(8,32)], 'batch':[(4,32),(8,32)]}[change]
     if method=='fine_tune': expect = expect[:1]+expect
@@ -140,7 +140,7 @@ def test_exported_learner_predicts(results, folder):
     from fastai.vision.all import load_learner, PILImage
     results('corners', 2)
     learn = load_learner(folder/'exported.pkl')
-    with learn.no_bar(): assert learn.predict(PILImage.create(next((folder/'pictures').glob('*.jpg'))))[0] in 'abcd'
+    with learn.no_bar(): assert learn.predict(PILImage.create(next((folder/'images').glob('*.jpg'))))[0] in 'abcd'
 
 def test_items_are_told_apart():
     "Same files in another order, also of folders; rows of tables; numbers"

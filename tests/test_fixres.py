@@ -1,4 +1,4 @@
-"Test resolution: pictures held out, the search, and averaged weights"
+"Test resolution: images held out, the search, and averaged weights"
 import copy
 from collections import Counter
 import numpy as np, pytest, torch
@@ -46,7 +46,7 @@ def test_search(dls):
     assert type(held).__name__=='ImageDL' and learn.dls.valid is dls.valid
 
 def test_loaders_of_fastai_can_be_searched(small_photos):
-    "The search takes any loader of pictures"
+    "The search takes any loader of images"
     dls = ImageDataLoaders.from_folder(small_photos, valid='val', item_tfms=Resize(32), bs=16, num_workers=0)
     table = find_test_size(learner(dls), dls.test_dl(dls.valid_ds.items[:40], with_labels=True), sizes=[32,64], crop_pcts=(1.,))
     assert len(table)==4 and set(table[~table.rect].pixels)=={32**2,64**2}

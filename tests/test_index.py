@@ -30,11 +30,11 @@ def reads(monkeypatch):
     monkeypatch.setattr(index, '_head', lambda path, check: names.append(os.path.basename(path)) or head(path, check))
     return names
 
-def picture(w=30, h=20, mode='RGB'): return Image.fromarray(np.random.default_rng(0).integers(0, 255, (h,w,3), np.uint8)).convert(mode)
+def image(w=30, h=20, mode='RGB'): return Image.fromarray(np.random.default_rng(0).integers(0, 255, (h,w,3), np.uint8)).convert(mode)
 
 def save(path, *args, **kwargs):
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(*args).save(path, **kwargs)
+    image(*args).save(path, **kwargs)
     return path
 
 def names(idx): return [str(idx.path(i).relative_to(idx.root)) for i in range(len(idx))]
@@ -90,7 +90,7 @@ def test_damage_is_told_in_one_line_and_tried_again(tmp_path):
     (tmp_path/'header.jpg').write_bytes(data[:100])
     (tmp_path/'empty.jpg').touch()
     (tmp_path/'link.jpg').symlink_to('nowhere')
-    (tmp_path/'text.png').write_text('no picture\n'*100)
+    (tmp_path/'text.png').write_text('no image\n'*100)
     os.mkfifo(tmp_path/'pipe.jpg')
     broken = ['empty.jpg','header.jpg','link.jpg','pipe.jpg','text.png']
     assert [p.name for p,_ in index_folder(tmp_path).bad]==broken
@@ -102,7 +102,7 @@ def test_damage_is_told_in_one_line_and_tried_again(tmp_path):
     assert names(index_folder(tmp_path, check=True))==['cut.jpg','good.jpg']
 
 def test_formats(tmp_path):
-    rgb = picture(90, 40)
+    rgb = image(90, 40)
     deep = Image.fromarray(np.zeros((40,90), np.uint16))
     others = ('cmyk.jpeg','png.JPEG','deep.png','a.gif','a.bmp','a.webp','a.tif','palette.png')
     kinds = {'a.jpg':JPEG, 'gray.jpg':JPEG, 'progressive.JPG':PROGRESSIVE, **{n: OTHER for n in others}}
@@ -123,7 +123,7 @@ def test_orientation_is_recorded_also_after_a_long_comment(tmp_path):
         save(tmp_path/f'{o}.jpg', exif=exif)
         save(tmp_path/f'{o}.png', exif=exif)
     out = io.BytesIO()
-    picture().save(out, 'jpeg', exif=exif)
+    image().save(out, 'jpeg', exif=exif)
     data = out.getvalue()
     (tmp_path/'comment.jpg').write_bytes(data[:2]+b'\xff\xfe\xea\x60'+b'.'*59998+data[2:])
     idx = index_folder(tmp_path)
@@ -137,7 +137,7 @@ def test_odd_names_and_the_order_of_bytes(tmp_path):
         for n in odd:
             p = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), folder, n)))
             p.parent.mkdir(parents=True, exist_ok=True)
-            picture().save(p.open('wb'), 'jpeg')
+            image().save(p.open('wb'), 'jpeg')
     idx = index_folder(tmp_path)
     found = [idx.path(i) for i in range(len(idx))]
     assert idx.table['name'].tolist()==sorted(folder+b'/'+n for folder in (b'a/b/c/d', b'a.b', b'a', b'a-b', b'\xc3') for n in odd)

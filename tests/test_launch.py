@@ -129,14 +129,14 @@ def test_every_launcher_trains_the_same(demo):
         assert len([l for l in text.splitlines() if re.match(r' +\d ', l)])==3
 
 def test_counts_are_those_of_one_process(demo, small_photos):
-    "The saved weights, evaluated here, have as many right answers as the two processes said: to the last picture"
+    "The saved weights, evaluated here, have as many right answers as the two processes said: to the last image"
     from fastai.vision.all import CrossEntropyLossFlat, Learner, accuracy, top_k_accuracy
     from fastai_fastimagenet.models import resnet_small
     from fastai_fastimagenet.rectval import rect_dl
     from fastai_fastimagenet.loader import imagenet_dls
     out,_ = demo
     said = json.loads((out/'ours/result.json').read_text())
-    dls = imagenet_dls(small_photos, 48, 16, workers=0) # The batch size decides which pictures share a rectangle
+    dls = imagenet_dls(small_photos, 48, 16, workers=0) # The batch size decides which images share a rectangle
     model = resnet_small(dls.c).to(memory_format=torch.channels_last)
     model.load_state_dict(torch.load(out/'ours/model.pth')['model'])
     learn = Learner(dls, model, CrossEntropyLossFlat(), metrics=[accuracy, top_k_accuracy])

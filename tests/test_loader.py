@@ -12,7 +12,7 @@ from fastai.vision.all import (ClassificationInterpretation, ImageDataLoaders, I
 from fastai_fastimagenet.all import DynamicBatchSize, Phase, PhaseData, ProgressiveResize, RectValidation, Schedule, imagenet_dls, resnet_small
 from fastai_fastimagenet.batch import CentreView, RandomView, make_batch, uniforms
 from fastai_fastimagenet.core import FitCallback
-from fastai_fastimagenet.image_dl import Pictures
+from fastai_fastimagenet.image_dl import Images
 from fastai_fastimagenet.pool import WorkerPool
 from fastai_fastimagenet.rank_dl import RankDL
 
@@ -95,7 +95,7 @@ def test_an_epoch_that_breaks_off_leaves_nothing(dls):
     it = iter(dls.train)
     next(it)
     del it
-    for _ in range(2): # All classes as often as there are pictures of them: each was seen once
+    for _ in range(2): # All classes as often as there are images of them: each was seen once
         ys = [y for _,y in dls.train]
         assert [len(y) for y in ys]==[16]*25 and Counter(torch.cat(ys).tolist())==Counter(dls.train_ds.items.labels.tolist())
 
@@ -160,7 +160,7 @@ def test_what_fastai_does_with_loaders(dls, tmp_path):
     dls.show_batch(max_n=4)
     dls.train.show_batch(max_n=4, unique=True)
     dls.valid.show_batch(max_n=2)
-    assert 'star_a' in dls.vocab and dls.c==20 and str(dls.train_ds.items)=='400 pictures in '+str(dls.path)
+    assert 'star_a' in dls.vocab and dls.c==20 and str(dls.train_ds.items)=='400 images in '+str(dls.path)
     plt.close('all')
 
 def test_unique_shows_crops_that_differ(dls):
@@ -239,7 +239,7 @@ def test_a_changed_file_is_named(small_photos, tmp_path):
         dls = imagenet_dls(path, 32, 16, workers=workers)
         f = dls.train_ds.items[5]
         old = f.read_bytes()
-        f.write_bytes(b'no picture')
+        f.write_bytes(b'no image')
         with pytest.raises(OSError, match=f.name): batches(dls.train)
         f.write_bytes(old)
         dls.pool.close()
@@ -372,9 +372,9 @@ def test_copies_must_be_complete_and_alike(small_photos, tmp_path, capsys):
     with pytest.raises(ValueError, match='made without `--exif`'): fit(exif=True)
     next((tmp_path/'d-sz/40/train').rglob('*.jpg')).unlink()
     fit()
-    assert 'has 399 training pictures' in capsys.readouterr().out
+    assert 'has 399 training images' in capsys.readouterr().out
     next((tmp_path/'d-sz/40/val').rglob('*.jpg')).unlink()
-    with pytest.raises(ValueError, match='99 validation pictures.*--short 40'): fit()
+    with pytest.raises(ValueError, match='99 validation images.*--short 40'): fit()
 
 def test_an_index_of_other_pictures_is_refused(small_photos, tmp_path):
     path = tmp_path/'d'
@@ -397,7 +397,7 @@ def test_bad_arguments(small_photos):
 
 @pytest.mark.parametrize('format', ('jpeg','raw'))
 def test_copies_of_presize_are_loaded(small_photos, tmp_path, format):
-    "Pictures of copies are those of the originals, in less detail; raw ones are the pixels that JPEG copies would have"
+    "Images of copies are those of the originals, in less detail; raw ones are the pixels that JPEG copies would have"
     from fastai_fastimagenet.presize import presize
     presize(small_photos, tmp_path/'c', short=(48,), format=format, workers=0, quality=95)
     dls,small = (imagenet_dls(p, 32, 20, workers=0) for p in (small_photos, tmp_path/'c/48'))

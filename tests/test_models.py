@@ -75,7 +75,7 @@ def test_any_size(name):
     assert model.load_state_dict(make().state_dict())
 
 def test_the_whole_map_counts():
-    "At a larger size every corner of the picture changes the output; `AvgPool2d(7)` saw one corner only"
+    "At a larger size every corner of the image changes the output; `AvgPool2d(7)` saw one corner only"
     torch.manual_seed(0)
     model = to_any_size(old_resnet()).eval()
     x = torch.randn(1,3,320,320)

@@ -25,7 +25,7 @@ def made():
 
 @pytest.fixture(scope='module')
 def data(made, tmp_path_factory):
-    "A folder with all of them, half of the broken ones for validation, and 8 good pictures for each class and split"
+    "A folder with all of them, half of the broken ones for validation, and 8 good images for each class and split"
     d = tmp_path_factory.mktemp('odd')
     for split in ('train','val'):
         for c in 'ab':
@@ -115,11 +115,11 @@ def psnr(a, b):
 @pytest.mark.parametrize('exif', [False,True])
 def test_batch_is_what_pillow_decodes(made, data, exif):
     odd = {os.fsencode(n): b for n,(b,_) in made[1].items()}
-    pictures = find_images(data, exif)[0]
-    view,names = CentreView((48,48)),[os.path.basename(os.fsencode(f)) for f in pictures]
-    x = make_batch(pictures.source, pictures.rows.tobytes(), pictures.labels.tobytes(), view)[0].permute(0,2,3,1).numpy()
-    w,h = (o[pictures.rows] for o in pictures.index.sizes(exif))
-    boxes,_ = view.boxes(pictures.rows, w, h)
+    images = find_images(data, exif)[0]
+    view,names = CentreView((48,48)),[os.path.basename(os.fsencode(f)) for f in images]
+    x = make_batch(images.source, images.rows.tobytes(), images.labels.tobytes(), view)[0].permute(0,2,3,1).numpy()
+    w,h = (o[images.rows] for o in images.index.sizes(exif))
+    boxes,_ = view.boxes(images.rows, w, h)
     assert odd.keys() <= set(names)
     for got,name,(x0,y0,bw,bh) in zip(x, names, boxes.tolist()):
         if name not in odd: continue

@@ -35,13 +35,13 @@ def test_command():
     (['--schedule','imagenet18_1','--machine','p5.48xlarge','--nodes','0'], '`nodes` must be a number of machines'),
     (['--schedule','imagenet18_1','--machine','p5.48xlarge','--nodes','two'], '`--nodes` must be'),
     (['--schedule','imagenet18_1','--machine','p5.48xlarge','--price','cheap'], '`--price` must be dollars'),
-    (['--schedule','imagenet18_1','--machine','p5.48xlarge','--images','-5'], 'There must be training pictures'),
+    (['--schedule','imagenet18_1','--machine','p5.48xlarge','--images','-5'], 'There must be training images'),
     (['--schedule','imagenet18_1'], 'Give a machine'), (['--machine','p5.48xlarge'], 'Give a table'),
     (['--schedule','imagenet18_1','--from','no/such/run'], 'holds no run'),
     (['--from','x','--schedule','imagenet18_1','--nodes','2'], 'Leave out `--nodes`'), (['--from','x','--schedule','imagenet18_1','--machine','p5.48xlarge'], 'Leave out `--machine`'),
     (['--deadline','30','--schedule','imagenet18_1'], 'Leave out `--schedule`'), (['--deadline','30','--from','x'], 'Leave out `--from`'), (['--deadline','30','--nodes','0'], '`nodes` must be'),
     (['--deadline','30','--nodes','200'], 'No table of 2018 fits'), (['--schedule','imagenet18_1','--machine','a100'], 'With that GPU: p4d.24xlarge, p4de.24xlarge.'),
-    (['--schedule','imagenet18_1','--machine','p5.48xlarge','--images','0'], 'There must be training pictures'),
+    (['--schedule','imagenet18_1','--machine','p5.48xlarge','--images','0'], 'There must be training images'),
     (['--schedule','imagenet18_16','--machine','p5.48xlarge','--images','500'], 'is larger than the training set of 500'),
     (['--from','x','--measure','photos'], 'Leave out `--measure`'), (['--measure','photos','--machine','p5.48xlarge'], 'Leave out `--machine`'), (['--deadline','9','--measure','x'], 'Leave out `--measure`'),
     (['--schedule','imagenet18_1','--machine','p5.48xlarge','--arch','resnet18'], 'Leave out `--arch`'), (['--actual','x','--schedule','photos'], 'Leave out `--schedule`'), (['--actual','no/such/run'], 'holds no run'),
@@ -76,7 +76,7 @@ def test_sums(name, machine, nodes, n):
     except ValueError as e: assert 'Use at most' in str(e); return
     assert p.dollars==pytest.approx(nodes*p.price*p.minutes/60) and sum(p.share(k) for k in plan_parts)==pytest.approx(1)
     assert all(getattr(o, k)>=0 for o in p.phases for k in plan_parts) and p.schedule.world==nodes*profiles[machine].gpus
-    for o,ph in zip(p.phases, p.schedule.phases): # Without the last pictures of an epoch, which make no whole batch
+    for o,ph in zip(p.phases, p.schedule.phases): # Without the last images of an epoch, which make no whole batch
         assert (n-o.bs*p.schedule.world)*ph.n_epoch<=o.images<=n*ph.n_epoch+1
     if nodes==1: assert p.share('network')==0
 
@@ -91,7 +91,7 @@ def test_first_epochs(name, n):
         assert (a.size,a.bs,a.data,a.rect)==(b.size,b.bs,b.data,b.rect) and a.lr==pytest.approx(b.lr)
 
 def test_loading_bounds():
-    "A machine with few CPUs for its GPU waits for pictures, and the plan says what to do"
+    "A machine with few CPUs for its GPU waits for images, and the plan says what to do"
     p = plan(Schedule([Phase(1, 128, 256, .1, '')]), 'g6e.xlarge')
     small = plan(Schedule([Phase(1, 128, 256, .1, '-sz/160')]), 'g6e.xlarge')
     assert p.share('data')>.2 and 'presize' in repr(p) and small.minutes<p.minutes and small.share('data')==0
@@ -120,7 +120,7 @@ def test_network_bytes():
     for mb in (99.7,100.1,101.4,103.5,101.8): assert allreduce_bytes(64)==pytest.approx(1e6*mb, rel=.05)
 
 def test_plan_from_history(small_photos, tmp_path, capsys):
-    "The plan for the table that a run had is what the run took, and it follows the pictures for another one"
+    "The plan for the table that a run had is what the run took, and it follows the images for another one"
     sched = Schedule([Phase(2, 32, 16, .01), Phase(2, 48, 16, .01), Phase(1, 48, 32, .02, rect=True)])
     sched.save(tmp_path/'s.json')
     out = tmp_path/'run'

@@ -1,4 +1,4 @@
-"Copies of pictures: complete, alike however they came about, and nothing is done twice"
+"Copies of images: complete, alike however they came about, and nothing is done twice"
 import fcntl, hashlib, io, json, os, shutil, signal, subprocess, sys, time, zlib
 from collections import namedtuple
 from pathlib import Path
@@ -31,7 +31,7 @@ def src(tmp_path_factory):
     "240 small photos, some smaller than the copies, three files that are none"
     d = tmp_path_factory.mktemp('presize')/'src'
     for i in range(240): photo(d/('train' if i%4 else 'val')/f'c{i%3}'/f'{i}.JPEG', i, 200 if i%9 else 40)
-    for name,b in (('cut',(d/'train/c1/1.JPEG').read_bytes()[:1500]), ('empty',b''), ('text',b'no picture')): (d/f'train/c0/{name}.JPEG').write_bytes(b)
+    for name,b in (('cut',(d/'train/c1/1.JPEG').read_bytes()[:1500]), ('empty',b''), ('text',b'no image')): (d/f'train/c0/{name}.JPEG').write_bytes(b)
     return d
 
 @pytest.fixture
@@ -45,12 +45,12 @@ def small(src, tmp_path):
 def test_killed_runs_go_on(src, tmp_path, format):
     args = ['--short', '48,96', '--format', format, '--workers', 2]
     r = run(*command, src, tmp_path/'a', *args)
-    assert '243 pictures, 240 of them copied now' in r.stdout and 'failures: 3, see' in r.stdout
+    assert '243 images, 240 of them copied now' in r.stdout and 'failures: 3, see' in r.stdout
     killed = run(sys.executable, here/'presize_kills.py', 7, src, tmp_path/'b', *map(str, args)).stdout
     counts = [int(o) for o in killed.split() if o.isdigit()]
     assert len(counts)==10 and counts==sorted(counts) and 0<counts[5]<counts[-1]<241
     last = run(*command, src, tmp_path/'b', *args).stdout
-    n = int(last.split(' pictures, ')[1].split()[0])
+    n = int(last.split(' images, ')[1].split()[0])
     assert 0<n<=241-counts[-1] # What was in the journal is not made again
     assert content(tmp_path/'a')==content(tmp_path/'b')
     presize(src, tmp_path/'c', (48,96), format, workers=0)
@@ -66,7 +66,7 @@ def test_second_run_changes_nothing(src, tmp_path, format):
 
 def test_copies(src, tmp_path, capsys):
     presize(src, tmp_path, (48,96), workers=0)
-    assert '243 pictures, 240 of them copied now' in capsys.readouterr().out
+    assert '243 images, 240 of them copied now' in capsys.readouterr().out
     for short in (48,96):
         d = tmp_path/str(short)
         m = manifest(d)
@@ -173,7 +173,7 @@ def test_sources_change(small, tmp_path, capsys, format):
     g.write_bytes(b'nothing')
     failures = presize(small, out, (24,32), format, workers=0)
     assert [p for p,_ in failures]==[g,f]
-    assert capsys.readouterr().out.splitlines()[-1].startswith('20 pictures, 2 of them copied now')
+    assert capsys.readouterr().out.splitlines()[-1].startswith('20 images, 2 of them copied now')
     def check(n_bad):
         for s in (24,32):
             m,names = manifest(out/f'{s}'),{str(p.relative_to(small)) for p in small.rglob('*.JPEG')}
@@ -303,7 +303,7 @@ def test_bad_input(small, tmp_path):
         with pytest.raises(ValueError, match=message): presize(**{**dict(src=small, dst=tmp_path/'out', short=32), **kwargs})
     assert not (tmp_path/'out').exists()
     (tmp_path/'empty').mkdir()
-    with pytest.raises(ValueError, match='holds no pictures'): presize(tmp_path/'empty', tmp_path/'deep/out', 32)
+    with pytest.raises(ValueError, match='holds no images'): presize(tmp_path/'empty', tmp_path/'deep/out', 32)
     assert not (tmp_path/'deep').exists() and not list((tmp_path/'empty').iterdir()), 'nothing is left of a run that was refused'
     (tmp_path/'own/32').mkdir(parents=True)
     with pytest.raises(ValueError, match='was there before'): presize(small, tmp_path/'own', 32)
@@ -319,7 +319,7 @@ def test_command_line(small, tmp_path):
     assert r.stderr.startswith('fastimagenet-presize: ') and 'Traceback' not in r.stderr and len(r.stderr.splitlines())==1 and r.returncode==1
     (small/'train/c0/bad.JPEG').write_bytes(b'x')
     r = run(*command, small, '--short', '32', '--workers', '1', '--exif', '--quality', '80')
-    assert '21 pictures, 20 of them copied now' in r.stdout and 'failures: 1, see manifest.csv' in r.stdout and r.stderr==''
+    assert '21 images, 20 of them copied now' in r.stdout and 'failures: 1, see manifest.csv' in r.stdout and r.stderr==''
     assert len(index_folder(small.with_name('small-sz')/'32'))==20
 
 def test_interrupted(src, tmp_path):

@@ -49,7 +49,7 @@ def test_shapes_are_the_best():
 
 @pytest.mark.parametrize('size', [64,96,128,160,224,288])
 def test_kept_area(size):
-    "With five shapes more than .88 of the area (.78 were asked for); of ImageNet's kind of pictures the square keeps about .74"
+    "With five shapes more than .88 of the area (.78 were asked for); of ImageNet's kind of images the square keeps about .74"
     photo = [w/h for w,h in (render(i, short=40)[0].size for i in range(300))]
     for aspects in (photo,imagenet_like):
         shapes = train_shapes(aspects, size, 5)
@@ -69,7 +69,7 @@ def test_filling(o):
     assert own>=sum((group==g).sum()//n*n for g,n in enumerate(full)) # Only what is left over comes into another group
 
 def test_a_thousand_tables_on_up_to_eight_processes(dls):
-    "All processes have the same shape in each step, as many pictures, and each picture is seen once"
+    "All processes have the same shape in each step, as many images, and each image is seen once"
     rng,dl = random.Random(0),rect_of(dls)
     crop = next(f for f in dl.after_item.fs if isinstance(f, RandomResizedCrop))
     for k in range(1000):
@@ -81,9 +81,9 @@ def test_a_thousand_tables_on_up_to_eight_processes(dls):
         shares = [r.share() for r in ranks]
         for steps in zip(*shares, strict=True):
             assert len({s for _,s in steps})==1 and len({len(b) for b,_ in steps})==1 and steps[0][1] in dl.shapes()
-            assert len(steps[0][0])==dl.n_pictures(steps[0][1])
+            assert len(steps[0][0])==dl.n_images(steps[0][1])
         seen = Counter(i for share in shares for b,_ in share for i in b)
-        assert set(seen.values())=={1} and dl.n-len(seen)<world*max(map(dl.n_pictures, dl.shapes()))
+        assert set(seen.values())=={1} and dl.n-len(seen)<world*max(map(dl.n_images, dl.shapes()))
         assert [len(r) for r in ranks]==[len(shares[0])]*world
         pixels = [len(b)*s[0]*s[1] for b,s in shares[0]]
         assert all(0<=dl.bs*size**2-p<s[0]*s[1] or len(b)==1 for p,(b,s) in zip(pixels, shares[0]))
@@ -97,7 +97,7 @@ def test_order_is_random_and_of_the_seed(dls):
 
 @pytest.mark.parametrize('worlds', [(2,2,2), (1,2,1), (3,1,2), (4,3,8), (1,1,1)])
 def test_going_on_sees_every_picture_once(dls, worlds):
-    "An epoch that is broken off twice, each time with other processes; with as many it goes on with the very batches"
+    "An epoch that is interrupted twice, each time with other processes; with as many it goes on with the very batches"
     dl = rect_of(dls, bs=4)
     whole,seen,cuts = RankDL(dl, 0, worlds[0], train=True, seed=5).share(),[],[]
     for k,world in enumerate(worlds):
@@ -109,7 +109,7 @@ def test_going_on_sees_every_picture_once(dls, worlds):
         assert len(ranks[0])==ranks[0].steps_before()+len(shares[0])
         seen += [i for s in steps for i in s]
         cuts = [*cuts,(world,sum(map(len, steps)),n)]
-    assert len(seen)==len(set(seen)) and dl.n-len(seen)<(max(worlds) if len(set(worlds))>1 else worlds[0]*dl.n_pictures((64,64)))
+    assert len(seen)==len(set(seen)) and dl.n-len(seen)<(max(worlds) if len(set(worlds))>1 else worlds[0]*dl.n_images((64,64)))
 
 @given(st.integers(0, 2**32), st.sampled_from([(64,64),(64,128),(96,64)]), st.integers(50, 400), st.integers(50, 400))
 def test_crops_have_the_aspect_of_the_shape(seed, shape, w, h):
@@ -171,13 +171,13 @@ def test_another_batch_size_cannot_go_on(dls):
     first = RankDL(dl, 0, 2, train=True, seed=5)
     cuts = [(2, 2*sum(len(b) for b,_ in first.share()[:3]), 3)]
     dl.bs = 8
-    with pytest.raises(ValueError, match='was broken off after'): RankDL(dl, 0, 2, train=True, seed=5, cuts=cuts)
+    with pytest.raises(ValueError, match='was interrupted after'): RankDL(dl, 0, 2, train=True, seed=5, cuts=cuts)
     dls.train.bs = 8
     plain = RankDL(dls.train, 0, 1, train=True, seed=5, cuts=[(2, 96, 3)])
     assert plain.steps_before()==12 and len(plain)==50
 
 def test_predictions_in_order(dls):
-    "A loader of rectangles that does not shuffle gives the pictures as they come"
+    "A loader of rectangles that does not shuffle gives the images as they come"
     learn,dl = learner(dls),rect_of(dls)
     with learn.no_bar(): targs = learn.get_preds(dl=dl)[1]
     assert targs.tolist()==dls.train_ds.items.labels.tolist()

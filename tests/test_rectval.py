@@ -50,7 +50,7 @@ def test_every_picture_once_in_order(small_photos, workers, bs):
     assert aspects==sorted(aspects)
 
 def test_square_pictures_give_the_centre_crop(tmp_path):
-    "On square pictures rectangles change nothing"
+    "On square images rectangles change nothing"
     rng = np.random.default_rng(0)
     for split in ('train','val'):
         for c in 'ab':
@@ -143,7 +143,7 @@ def test_unreadable_picture_is_named(tmp_path, small_photos):
     dls = ImageDataLoaders.from_folder(small_photos, valid='val', item_tfms=Resize(32), bs=8, num_workers=0)
     (tmp_path/'bad.jpg').write_text('x')
     dls.valid_ds.tls[0].items = [*dls.valid_ds.items[:-1], tmp_path/'bad.jpg']
-    with pytest.raises(ValueError, match='bad.jpg cannot be read.*no picture that Pillow knows'): rect_dl(dls)
+    with pytest.raises(ValueError, match='bad.jpg cannot be read.*no image that Pillow knows'): rect_dl(dls)
 
 def test_odd_but_sound_files_are_not_refused(tmp_path):
     "Text where the EXIF orientation should be, stray bytes between segments"

@@ -1,4 +1,4 @@
-"Training that is broken off goes on as if nothing had been"
+"Training that is interrupted goes on as if nothing had been"
 import http.server, json, os, subprocess, sys, threading
 from functools import partial
 import pandas as pd, pytest, torch
@@ -17,10 +17,10 @@ from procs import here, kill_all, run, start
 def resumed(tmp_path_factory):
     "Case -> what `resume_cases` found"
     folder = tmp_path_factory.mktemp('resume')
-    (folder/'pictures').mkdir()
+    (folder/'images').mkdir()
     for i in range(60):
         im = PILImage.create(np.random.default_rng(i).integers(0, 255, (40+i%30,50,3), np.uint8))
-        im.save(folder/'pictures'/f'{i:04}_{"abcd"[i%4]}.jpg')
+        im.save(folder/'images'/f'{i:04}_{"abcd"[i%4]}.jpg')
     return lambda case: json.loads(run(sys.executable, here/'resume_cases.py', case, folder, timeout=600).stdout)
 
 @pytest.mark.parametrize('world', [1,2])
@@ -37,9 +37,9 @@ def test_other_number_of_processes(resumed):
     res = resumed('worlds')
     assert len(res)==6
     for name,r in res.items():
-        assert r['codes'] in ([143],[143,143]) and r['seen']==[list(range(48))]*3, name # Each picture once in each epoch
+        assert r['codes'] in ([143],[143,143]) and r['seen']==[list(range(48))]*3, name # Each image once in each epoch
         assert r['rows'][0][2]==4 and len(r['lrs'])>=12, name
-    for after in (1,2): # The lr of the last step is the table's for this number of processes, wherever the run was broken off
+    for after in (1,2): # The lr of the last step is the table's for this number of processes, wherever the run was interrupted
         last = {r['lrs'][-1] for name,r in res.items() if name.split()[2]==str(after)}
         assert len(last)==1 and abs(min(last)-.04/12*(1 if after==1 else 4))<1e-6
 
@@ -72,7 +72,7 @@ def test_damaged_and_foreign(tmp_path, capsys):
     with pytest.raises(ValueError, match='holds checkpoints of an earlier fit'): fit(learner(), Checkpoint(tmp_path))
     with pytest.raises(ValueError, match='another model'): fit(learner(nn.Linear(4, 2)), Checkpoint(tmp_path, resume=True))
     with pytest.raises(ValueError, match=r'another number of epochs \(2, this one has 3\)'): fit(learner(), Checkpoint(tmp_path, resume=True), n=3)
-    with pytest.raises(ValueError, match='other training pictures'): fit(learner(n=28), Checkpoint(tmp_path, resume=True))
+    with pytest.raises(ValueError, match='other training images'): fit(learner(n=28), Checkpoint(tmp_path, resume=True))
     with pytest.raises(ValueError, match=r'another optimizer \(Optimizer weight_decay .*, this one has SGD\)'):
         other = learner()
         other.opt_func = partial(OptimWrapper, opt=torch.optim.SGD)

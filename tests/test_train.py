@@ -64,7 +64,7 @@ def test_same_seed_same_result(tmp_path):
     assert losses[0]==losses[1]!=losses[2]
 
 def test_target_and_epochs(tmp_path):
-    "Random pictures of 8 classes: top-5 of .2 is reached at once, top-1 of .99 never"
+    "Random images of 8 classes: top-5 of .2 is reached at once, top-1 of .99 never"
     data,sched = folder(tmp_path/'d', 'abcdefgh', n=3),table(tmp_path/'s.json', quick)
     args = '--data', data, '--schedule', sched, '--arch', 'resnet_small', '--workers', 0
     r = run(*args, '--epochs', 3, '--target-top5', .2, '--out', tmp_path/'a')
@@ -114,20 +114,20 @@ def test_interrupt(tmp_path):
     assert {f.name for f in (tmp_path/'o').iterdir()}=={'.lock','history.csv','schedule.json','settings.json','machines.json','checkpoints','tensorboard','model.pth'}
 
 def test_odd_files(tmp_path):
-    "Gray, CMYK, RGBA and one-channel pictures train; damaged ones are counted and listed"
+    "Gray, CMYK, RGBA and one-channel images train; damaged ones are counted and listed"
     d = folder(tmp_path/'d', splits=('train','validation'))
     im = Image.open(d/'train/a/0.jpg').copy()
     im.convert('L').save(d/'train/a/gray.jpg')
     im.convert('CMYK').save(d/'train/a/cmyk.jpg')
     im.convert('RGBA').save(d/'train/b/rgba.png')
     (d/'train/b/png_in_disguise.jpg').write_bytes((d/'train/b/rgba.png').read_bytes())
-    (d/'train/a/notes.txt').write_text('no picture')
+    (d/'train/a/notes.txt').write_text('no image')
     data = (d/'train/a/0.jpg').read_bytes()
     (d/'train/a/cut.jpg').write_bytes(data[:len(data)//2])
     (d/'train/b/empty.jpg').write_bytes(b'')
     (d/'validation/b/text.jpg').write_text('hello')
     r = run('--data', d, '--schedule', table(tmp_path/'s.json', quick), '--arch', 'resnet_small', '--workers', 2, '--out', tmp_path/'o')
-    assert '16 training and 12 validation pictures of 2 classes' in r.stdout and '3 files left out' in r.stdout
+    assert '16 training and 12 validation images of 2 classes' in r.stdout and '3 files left out' in r.stdout
     assert {Path(l.split('\t')[0]).name for l in (tmp_path/'o/skipped.txt').read_text().splitlines()}=={'cut.jpg','empty.jpg','text.jpg'}
 
 def test_bad_input(tmp_path):
@@ -141,7 +141,7 @@ def test_bad_input(tmp_path):
     assert 'has one class, a' in says('--data', folder(tmp_path/'one', ('a',)), '--schedule', sched)
     assert 'has no folder val or validation' in says('--data', folder(tmp_path/'noval', splits=('train',)), '--schedule', sched)
     folder(tmp_path/'nopics', n=0)
-    assert 'has no class folder with pictures' in says('--data', tmp_path/'nopics', '--schedule', sched)
+    assert 'has no class folder with images' in says('--data', tmp_path/'nopics', '--schedule', sched)
     other = folder(tmp_path/'other')
     shutil.move(other/'val/b', other/'val/c')
     assert 'has classes of which' in says('--data', other, '--schedule', sched)
