@@ -51,7 +51,7 @@ def _price(a):
         try: return None if a.price is None else float(a.price)
         except ValueError: raise ValueError(f'`--price` must be dollars per hour, "now" or "spot", got {a.price!r}') from None
     from fastai_fastimagenet.cluster.market import offers
-    from fastai_fastimagenet.cluster.order import aws_session
+    from fastai_fastimagenet.cluster.cloud import aws_session
     from fastai_fastimagenet.cluster.cloud import aws_errors
     s = aws_session(a.region)
     try: best = offers(s, a.machine, s.region_name, a.price=='spot')[0]
