@@ -30,7 +30,8 @@ def spot_notice(
     # https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html
     base = os.environ.get('AWS_EC2_METADATA_SERVICE_ENDPOINT', 'http://169.254.169.254').rstrip('/')
     def ask(path, method, headers):
-        with urllib.request.urlopen(urllib.request.Request(f'{base}/latest/{path}', method=method, headers=headers), timeout=timeout) as r: return r.read().decode()
+        request = urllib.request.Request(f'{base}/latest/{path}', method=method, headers=headers)
+        with urllib.request.urlopen(request, timeout=timeout) as r: return r.read().decode()
     try:
         token = ask('api/token', 'PUT', {'X-aws-ec2-metadata-token-ttl-seconds':'60'})
         return ask('meta-data/spot/instance-action', 'GET', {'X-aws-ec2-metadata-token':token})
@@ -88,7 +89,8 @@ class Checkpoint(FitCallback):
         self.file,self.stopped = None,0.
         cannot = [type(c).__name__ for c in self.learn.cbs if isinstance(c, TrackerCallback) or type(c).__name__=='DistributedTrainer']
         if cannot: raise ValueError(f'`Checkpoint` cannot go on with {", ".join(cannot)} of fastai, which forgets what it has seen; for many processes use `learn.ddp()`')
-        self.identity = dict(optimizer=opt_kind(self.opt), model={n: list(getattr(t, 'shape', [])) for n,t in self.learn.model.state_dict().items()}, n_epoch=self.n_epoch,
+        shapes = {n: list(getattr(t, 'shape', [])) for n,t in self.learn.model.state_dict().items()}
+        self.identity = dict(optimizer=opt_kind(self.opt), model=shapes, n_epoch=self.n_epoch,
                              data=items_digest(dl_layers(self.dls.train)[-1].dataset), meta=self.meta)
         self.start = self._load() if self.resume else self._new()
         self.signals,self.saved_at = _Signals(self.on_exit),time.monotonic()
@@ -191,8 +193,8 @@ class Checkpoint(FitCallback):
         file = self.folder/f'{self.epoch:04}-{done:09}.pt'
         if rank_distrib(): return setattr(self, 'file', file)
         named = self.learn.model.named_parameters()
-        state = plain_copy(dict(epoch=self.epoch, done=done, cuts=cuts, world=self.world, seed=self.seed, pct_train=self.learn.pct_train, train_iter=self.learn.train_iter,
-            identity=self.identity, model=self.learn.model.state_dict(), opt={n: dict(s) for n,p in named if (s := opt_state(self.opt).get(p))},
+        state = plain_copy(dict(epoch=self.epoch, done=done, cuts=cuts, world=self.world, seed=self.seed,
+            pct_train=self.learn.pct_train, train_iter=self.learn.train_iter, identity=self.identity, model=self.learn.model.state_dict(), opt={n: dict(s) for n,p in named if (s := opt_state(self.opt).get(p))},
             hypers=self._hypers(), recorder=recorder_state(self.recorder), cbs={n: c.state_dict() for n,c in self._stateful().items()}, rng=rng))
         self._join()
         self.writer = threading.Thread(target=self._write, args=(state, file))

@@ -33,7 +33,8 @@ class PhaseData(FitCallback):
     def _open(self, path, suffix):
         check_same({f'whether there is a folder {path}': Path(path).is_dir()}, 'at the start of a fit')
         kind,_,short = suffix.rpartition('/')
-        make = f'`fastimagenet-presize {shlex.quote(str(self.dls.path))}{f" --short {short}" if short.isdecimal() else ""}{" --format raw" if kind=="-raw" else ""}`'
+        options = (f' --short {short}' if short.isdecimal() else '') + (' --format raw' if kind=='-raw' else '')
+        make = f'`fastimagenet-presize {shlex.quote(str(self.dls.path))}{options}`'
         if not Path(path).is_dir():
             say(f'{path} is missing: training reads the originals instead, which takes longer. Make it by {make}')
             return self.data['']

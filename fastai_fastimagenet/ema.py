@@ -18,7 +18,7 @@ class WeightEMA(FitCallback):
     _stateattrs = ('average','own') # Not pickled with the callback
     order,run_valid = -2,True # Before `ExactValidation` (-1), which compares the model of all processes
     def __init__(self,
-        decay:float=.998 # Share of the average that a step keeps; less in the first steps: (1+n)/(10+n) after n, as TensorFlow does with `num_updates`
+        decay:float=.998 # Share of the average that a step keeps; less in the first steps: (1+n)/(10+n) after n, TensorFlow's `num_updates` rule
     ):
         if not 0<decay<1: raise ValueError(f'`decay` must be between 0 and 1, got {decay!r}')
         self.decay = decay

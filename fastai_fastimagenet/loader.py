@@ -106,7 +106,8 @@ def imagenet_dls(
     pool = WorkerPool(make_batch, workers, pin_memory=torch.cuda.is_available())
     norm = [NormalizeBytes(*imagenet_stats, dtype)] if not batch_tfms else [IntToFloatTensor(), *L(batch_tfms), Normalize.from_stats(*imagenet_stats)]
     tfms = [RandomResizedCrop(size, min_scale=min_scale, split_idx=0), RectCrop(size), FlipItem(.5), ToTensor()]
-    loaders = [ImageDL(dataset(o, vocab, i), bs, pool, shuffle=not i, drop_last=not i, after_item=tfms, after_batch=norm) for i,o in enumerate((train,valid))]
+    loaders = [ImageDL(dataset(o, vocab, i), bs, pool, shuffle=not i, drop_last=not i, after_item=tfms, after_batch=norm)
+               for i,o in enumerate((train,valid))]
     loaders[1].expect()
     dls = DataLoaders(*loaders, path=image_folder(path), device=default_device())
     dls.skipped = bad

@@ -103,7 +103,9 @@ def largest_batch(
     most = max(1, min(most, len(dl.dataset)//(num_distrib() or 1)))
     if not learn.opt: learn.create_opt()
     model = learn.model.to(getattr(learn.dls, 'device', default_device()))
-    with no_random(): b = to_device(dl.new(bs=min(most, 8), shuffle=False, drop_last=False, num_workers=0).one_batch(), first(model.parameters()).device)
+    with no_random():
+        few = dl.new(bs=min(most, 8), shuffle=False, drop_last=False, num_workers=0)
+        b = to_device(few.one_batch(), first(model.parameters()).device)
     def fits(n):
         ok = True
         try:
@@ -171,7 +173,8 @@ class AutoMicroBatch(FitCallback):
         n = self._n_parts() if self.point else 1
         if n==1: return whole(*xb, **kwargs)
         contexts = lambda: (nullcontext(), _keep_running(model))
-        return to_concat([checkpoint(partial(whole, **kwargs), *x, use_reentrant=False, context_fn=contexts) for x in zip(*(t.tensor_split(n) for t in xb))])
+        parts = zip(*(t.tensor_split(n) for t in xb))
+        return to_concat([checkpoint(partial(whole, **kwargs), *x, use_reentrant=False, context_fn=contexts) for x in parts])
 
     def _shape(self): return tuple(item_find(self.learn.xb).shape[1:])
     def _key(self): return self.learn.training,self._shape()

@@ -190,7 +190,8 @@ class RankDL(TfmdDL):
     def after_batch(self, b):
         f,self.at_first = self.at_first,noop
         f()
-        if f is not noop and not self.fake_l.num_workers and not self._pooled(): np.random.set_bit_generator(np.random.get_bit_generator()) # Forgets as in `_own_random`
+        if f is not noop and not self.fake_l.num_workers and not self._pooled():
+            np.random.set_bit_generator(np.random.get_bit_generator()) # Forgets as in `_own_random`
         return self.dl.after_batch(b)
     def before_iter(self): self.dl.before_iter()
     def after_iter(self): self.dl.after_iter()

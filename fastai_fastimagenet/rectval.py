@@ -86,7 +86,8 @@ def rect_dl(
     "Validation loader of rectangular batches, with the transforms of `dls.valid` but for those that set a size"
     _check(multiple, crop_pct)
     dl = _valid_dl(dls)
-    return _crop_dl(dl, size, bs, crop_pct, cls=RectImageDL if isinstance(dl, ImageDL) else RectDL, multiple=multiple, aspects=getattr(dl, 'aspects', None))
+    cls = RectImageDL if isinstance(dl, ImageDL) else RectDL
+    return _crop_dl(dl, size, bs, crop_pct, cls=cls, multiple=multiple, aspects=getattr(dl, 'aspects', None))
 
 def centre_dl(
     dls, # As in `rect_dl`

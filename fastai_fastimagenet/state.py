@@ -110,8 +110,8 @@ def send_buffers(
 def rng_state()->dict:
     "Random states of this process, in plain values"
     np_state = np.random.get_state()
-    return dict(python=random.getstate(), numpy=(np_state[0], torch.from_numpy(np_state[1].astype(np.int64)), *np_state[2:]), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+    return dict(python=random.getstate(), numpy=(np_state[0], torch.from_numpy(np_state[1].astype(np.int64)), *np_state[2:]),
+                torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
 
 def set_rng_state(
     s:dict # From `rng_state`
@@ -128,8 +128,8 @@ def recorder_state(
     rec # fastai's `Recorder`
 )->dict:
     "What `rec` has recorded so far"
-    return dict(lrs=rec.lrs, iters=rec.iters, losses=torch.stack(rec.losses) if rec.losses else None, values=[list(map(_number, o)) for o in rec.values],
-                count=rec.smooth_loss.count, val=rec.smooth_loss.val)
+    return dict(lrs=rec.lrs, iters=rec.iters, losses=torch.stack(rec.losses) if rec.losses else None,
+                values=[list(map(_number, o)) for o in rec.values], count=rec.smooth_loss.count, val=rec.smooth_loss.val)
 
 def set_recorder_state(
     rec, # fastai's `Recorder`, in a fit

@@ -57,8 +57,8 @@ class TensorBoard(FitCallback):
         t,world = (time.perf_counter()-self.since)/self.n_steps,num_distrib() or 1
         n,dl,pred,targ = self.n_images/self.n_steps,self.dls.train,self.learn.pred.detach(),self.learn.y
         recv,sent = self.net.gbit_s()
-        values = {'losses/xent':float(self.learn.loss.detach().mean()), 'sizes/lr':self.recorder.lrs[-1], 'sizes/batch':n, 'sizes/batch_total':n*world,
-                  'sizes/image':dl_size(dl) if sizers(dl) else min(self.x.shape[-2:]), 'sizes/world':world, 'times/step':1000*t,
+        values = {'losses/xent':float(self.learn.loss.detach().mean()), 'sizes/lr':self.recorder.lrs[-1],
+                  'sizes/batch':n, 'sizes/batch_total':n*world, 'sizes/image':dl_size(dl) if sizers(dl) else min(self.x.shape[-2:]), 'sizes/world':world, 'times/step':1000*t,
                   'times/data':1000*self.waited/self.n_steps, 'times/images_s':n*world/t, 'net/recv_gbit':recv, 'net/transmit_gbit':sent,
                   'epoch':epoch_pos(self.learn), **{f'memory/{k}': v for k,v in memory_gb().items()}}
         if targ.dtype==torch.long: values.update(_train_right(pred, targ))
