@@ -122,7 +122,7 @@ class RectAspects:
 
     @property
     def aspects(self):
-        "Width/height of each picture; found anew when the data set was exchanged"
+        "Width/height of each image; found anew when the data set was exchanged"
         ds = self.dataset
         if self._aspects is None or self._aspects_of is not ds: self._aspects,self._aspects_of = self.find_aspects(ds),ds
         return self._aspects

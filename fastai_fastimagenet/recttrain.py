@@ -72,7 +72,7 @@ class RectTraining(RectEpochs):
             raise ValueError('`RectTraining` needs the loaders of `imagenet_dls`, with nothing but a square `RandomResizedCrop` and `FlipItem` as item transforms')
         if any(map(sets_size, dl.after_batch.fs)): raise ValueError('A batch transform that sets a size would make squares of the rectangles: leave out its `size`')
         if any(type(c).__name__=='DistributedTrainer' for c in self.learn.cbs): raise ValueError("`RectTraining` does not work in fastai's `distrib_ctx`. Use `with learn.ddp():` instead")
-        with no_random(): # fastai may look at a picture, with random transforms
+        with no_random(): # fastai may look at an image, with random transforms
             rect = dl.new(cls=RectTrainDL, n_shapes=self.n_shapes, multiple=self.multiple)
         rect.rng = dl.rng
         return rect
