@@ -101,7 +101,7 @@ def imagenet_dls(
     world = num_distrib() or 1
     if len(train)<bs*world:
         raise ValueError(f'{path} has {len(train)} training images, fewer than one batch of {bs}{f" for each of {world} processes" if world>1 else ""}. '
-                         f'Use {f"`bs={len(train)//world}` or less" if len(train)>=world else "fewer processes"}')
+                         f'Use {f"batches of {len(train)//world} or less" if len(train)>=world else "fewer processes"}')
     if workers is None: workers = min(8, max(1, num_cpus()//int(os.environ.get('LOCAL_WORLD_SIZE', world)))) if sys.platform=='linux' else 0
     pool = WorkerPool(make_batch, workers, pin_memory=torch.cuda.is_available())
     norm = [NormalizeBytes(*imagenet_stats, dtype)] if not batch_tfms else [IntToFloatTensor(), *L(batch_tfms), Normalize.from_stats(*imagenet_stats)]

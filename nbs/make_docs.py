@@ -9,7 +9,7 @@ from nbconvert import MarkdownExporter
 warnings.simplefilter('ignore')
 
 nbs = Path(__file__).parent
-groups = {'Tutorials': r'9\d_tutorial\.', 'Measured': r'91_', 'The table': r'0[1-4]_', 'Pictures and models': r'1\d_', 'Tricks': r'2\d_', 'Training': r'(30_|31_fixres|33_|39_|4\d_(?!cluster))',
+groups = {'Tutorials': r'9\d_tutorial\.', 'Measured': r'91_', 'The table': r'0[1-4]_', 'Images and models': r'1\d_', 'Tricks': r'2\d_', 'Training': r'(30_|31_fixres|33_|39_|4\d_(?!cluster))',
           'Plans': r'(31|32|34)_|65_', 'Clusters': r'\d\d_cluster\.', 'Inside': r'0\d_'}
 extra = ['CHANGELOG.md','CONTRIBUTING.md']
 first = ['90_tutorial.imagenette','90_tutorial.planning','90_tutorial.distributed','90_tutorial.rectangles','90_tutorial.cluster','90_tutorial.imagenet','90_tutorial.moving']
@@ -23,7 +23,7 @@ suppress_warnings = ['misc.highlighting_failure','myst.header']
 html_show_sphinx,html_copy_source,html_use_index = False,False,False
 html_static_path,html_css_files = ['.'],['site.css']
 '''
-css = 'table.dataframe, .content table { font-size: .85em; } .api { border-left: 3px solid var(--color-brand-primary); padding-left: 1em; }'
+css = 'table.dataframe, .content table { font-size: .85em; } .sidebar-brand-text { font-size: 1.15rem; }'
 
 def names(cell):
     "Public names that an exported cell defines, e.g. 'plan' or 'Learner.fit_phases'"

@@ -393,7 +393,7 @@ def test_a_folder_of_another_layout_stays_as_it_is(tmp_path):
 def test_bad_arguments(small_photos):
     for kwargs in (dict(size='64'), dict(bs=0), dict(bs=True), dict(workers=True), dict(min_scale=2), dict(workers=-1)):
         with pytest.raises(ValueError, match=f'`{next(iter(kwargs))}` must be'): imagenet_dls(small_photos, **{**dict(size=32, bs=16), **kwargs})
-    with pytest.raises(ValueError, match='fewer than one batch of 512. Use `bs=400` or less'): imagenet_dls(small_photos, 32, 512)
+    with pytest.raises(ValueError, match='fewer than one batch of 512. Use batches of 400 or less'): imagenet_dls(small_photos, 32, 512)
 
 @pytest.mark.parametrize('format', ('jpeg','raw'))
 def test_copies_of_presize_are_loaded(small_photos, tmp_path, format):
