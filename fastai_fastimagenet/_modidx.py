@@ -1584,6 +1584,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fastai_fastimagenet/plan_cli.py'),
                                               'fastai_fastimagenet.plan_cli._price': ( 'plan_cli.html#_price',
                                                                                        'fastai_fastimagenet/plan_cli.py'),
+                                              'fastai_fastimagenet.plan_cli._until_93': ( 'plan_cli.html#_until_93',
+                                                                                          'fastai_fastimagenet/plan_cli.py'),
                                               'fastai_fastimagenet.plan_cli.main': ( 'plan_cli.html#main',
                                                                                      'fastai_fastimagenet/plan_cli.py')},
             'fastai_fastimagenet.planner': { 'fastai_fastimagenet.planner.PhasePlan': ( 'planner.html#phaseplan',

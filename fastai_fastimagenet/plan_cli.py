@@ -97,6 +97,14 @@ def _planned(a, sched, n_train, price):
     args,nodes = dict(price=price, **({} if n_train is None else dict(n_train=n_train, n_valid=round(.04*n_train)))),_nodes(a.nodes or '1')
     return scaling(sched, a.machine, nodes, **args) if len(nodes)>1 else plan(sched, a.machine, nodes[0], **args)
 
+def _until_93(a, price):
+    "Of a recipe whose epochs to 93 % are known, on a machine of the profiles: a line that --deadline and --budget would give"
+    n = epochs_to_93.get(a.schedule)
+    if not n or n==recipes[a.schedule].n_epoch or not a.machine or a.images is not None: return ''
+    p = plan(first_epochs(recipes[a.schedule], n), a.machine, _nodes(a.nodes or '1')[0], price)
+    cost = '' if p.dollars is None else f', ${p.dollars:.2f}'
+    return f'\nThe whole table. In 2018 it was at 93 % top-5 after {n} of its {recipes[a.schedule].n_epoch} epochs: {p.minutes:.1f} minutes{cost} here, which --deadline and --budget go by'
+
 def _answer(a):
     "What to print: a text, and the same as data"
     _check_together(a)
@@ -105,9 +113,11 @@ def _answer(a):
         return f'Predicted, to 93 % top-5:\n{show_options(found)}\n\n{found[0].plan}', [dict(recipe=o.recipe, **json.loads(o.plan.to_json())) for o in found]
     if a.actual: return _compared(a)
     if not a.schedule: raise ValueError(f'Give a table with `--schedule`: a JSON file, or one of {", ".join(recipes)}. Or ask for `--deadline` or `--budget`')
+    sched = find_schedule(a.schedule)
     if not (a.machine or a.out or a.measure): raise ValueError(f'Give a machine with `--machine`: one of {", ".join(profiles)}; or `--from` the folder of a run, or `--measure` with images')
-    p = _planned(a, find_schedule(a.schedule), a.images, _price(a))
-    if isinstance(p, Plan): return str(p), json.loads(p.to_json())
+    price = _price(a)
+    p = _planned(a, sched, a.images, price)
+    if isinstance(p, Plan): return str(p)+_until_93(a, price), json.loads(p.to_json())
     return f'Predicted, {a.machine}:\n{p}', [dict(efficiency=e, **json.loads(o.to_json())) for o,e in zip(p.plans, p.efficiency())]
 
 def _arch_of(out):
@@ -125,7 +135,8 @@ def _compared(a):
     if a.measure and not a.arch: a.arch = _arch_of(Path(a.actual))
     p = _planned(a, was.schedule, measured_run(a.actual).n_train, price)
     if a.machine: p = replace(p, notes=('Profiles are of ResNet-50; validation with 4 % as many images as training, as for ImageNet',))
-    return f'{p}\n\n{was}\n\n{beside(p, was)}', dict(predicted=json.loads(p.to_json()), actual=json.loads(was.to_json()))
+    unlike = f'\n\nPlanned: ResNet-50 on {a.machine}. Made: {_arch_of(Path(a.actual))}, where the run was. Only the same model on the same machine tells how wrong a plan is' if a.machine else ''
+    return f'{p}\n\n{was}\n\n{beside(p, was)}{unlike}', dict(predicted=json.loads(p.to_json()), actual=json.loads(was.to_json()))
 
 def main(argv=None):
     "Print a plan"

@@ -101,7 +101,7 @@ def summary(
         res['code'+n] = f'{m["commit"] or "not from a git folder"}{", with changes that are not committed" if m["changed"] else ""}'
         res['versions'+n] = ', '.join(f'{k} {v}' for k,v in m['versions'].items())
         hw = m['hardware']
-        res['hardware'+n] = f'{m["processes"]} processes; {", ".join(hw["gpus"]) or "no GPU"}; {hw["cores"]} cores; {hw["system"]}'
+        res['hardware'+n] = f'{m["processes"]} process{"es"*(m["processes"]>1)}; {", ".join(hw["gpus"]) or "no GPU"}; {hw["cores"]} cores; {hw["system"]}'
     return res
 
 # %% ../nbs/33_report.ipynb #60c386be
@@ -205,7 +205,7 @@ def dawn_json(
     "What DAWNBench wants to know about a run; author and code are for you to fill in"
     m = run.machines[-1] if run.machines else dict(versions={}, hardware=dict(gpus=[], cores=0), processes=1)
     return dict(version='v1.0', author='', authorEmail='', framework=f'fastai, PyTorch {m["versions"].get("torch", "")}', codeURL='', model=run.settings.get('arch') or '',
-                hardware=f'{m["processes"]} processes, {", ".join(m["hardware"]["gpus"]) or str(m["hardware"]["cores"])+" cores"}',
+                hardware=f'{m["processes"]} process{"es"*(m["processes"]>1)}, {", ".join(m["hardware"]["gpus"]) or str(m["hardware"]["cores"])+" cores"}',
                 costPerHour=price, timestamp=str(date.today()), misc={})
 
 # %% ../nbs/33_report.ipynb #a0800479

@@ -187,8 +187,8 @@ def scale_epochs(self:Schedule,
     "This table compressed or stretched to `n_epoch` epochs"
     stages = _stages(self.phases)
     if not is_int(n_epoch) or n_epoch<len(stages):
-        raise ValueError(f'This table has {len(stages)} settings of size, batch and data, each needs an epoch: '
-                         f'`n_epoch` must be {len(stages)} or more, got {n_epoch!r}')
+        raise ValueError(f'This table has {len(stages)} settings of size, batch and data, and each needs an epoch: '
+                         f'give a whole number of epochs, {len(stages)} or more, got {n_epoch!r}')
     lengths = [sum(p.n_epoch for p in st) for st in stages]
     phases = [replace(p, n_epoch=p.n_epoch*n/l) for st,l,n in zip(stages, lengths, _shares(lengths, n_epoch)) for p in st]
     return Schedule(phases, self.world, (*self.notes, f'{self.n_epoch} epochs -> {n_epoch} epochs'))

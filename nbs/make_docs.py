@@ -2,7 +2,7 @@
 
 Exported cells become tables of what functions take and return; other cells stay as they are, with their outputs. Sphinx with the theme furo makes pages of that.
 A link that leads nowhere ends it with an error."""
-import ast, importlib, inspect, re, shutil, sys, tempfile, warnings
+import argparse, ast, importlib, inspect, re, shutil, sys, tempfile, warnings
 from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
@@ -106,4 +106,7 @@ def make(out):
     if not status: print(f'The site: {out/"index.html"}')
     return status
 
-if __name__=='__main__': sys.exit(make(Path(sys.argv[1] if len(sys.argv)>1 else nbs.parent/'_docs')))
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description='Make the documentation site from the notebooks')
+    p.add_argument('out', nargs='?', type=Path, default=nbs.parent/'_docs', help='folder; _docs by default')
+    sys.exit(make(p.parse_args().out))
