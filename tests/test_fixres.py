@@ -56,7 +56,7 @@ def test_bad_input(dls, small_photos):
     with pytest.raises(ValueError, match='`hold_out` needs the loaders of `imagenet_dls`'): hold_out(plain)
     for share in (0,1,-.1):
         with pytest.raises(ValueError, match='`share` must be between 0 and 1'): hold_out(dls, share)
-    with pytest.raises(ValueError, match='fewer than a batch of 16'): hold_out(dls, .99)
+    with pytest.raises(ValueError, match='20 training images would be left, fewer than a batch of 32'): hold_out(imagenet_dls(small_photos, 32, 32, workers=0), .99) # One of each class
     for dl in (dls, dls.train, dls.valid, rect_dl(dls), dls.valid.new()):
         with pytest.raises(ValueError, match='not the training or validation set'): find_test_size(learner(dls), dl)
     assert rect_dl(dls, np.int64(64)).n==rect_dl(dls, 64).n
