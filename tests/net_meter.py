@@ -5,11 +5,10 @@ from fastai_fastimagenet.meters import NetMeter
 
 n = 40_000_000
 meter = NetMeter()
+before,began = meter.last # Before the first byte; and by the meter's own clock, as what comes between two clocks would count on a busy machine
 if sys.argv[1]=='send':
     server = socket.create_server((sys.argv[2], 5999))
     conn,_ = server.accept()
-    meter.gbit_s()
-    before,began = meter.last # The meter's own clock: what comes between two clocks would count on a busy machine
     conn.sendall(bytes(n))
     conn.shutdown(socket.SHUT_WR)
     conn.recv(1) # The other one has it all
@@ -18,8 +17,6 @@ else:
         try: conn = socket.create_connection((sys.argv[2], 5999))
         except OSError: time.sleep(.1)
         else: break
-    meter.gbit_s()
-    before,began = meter.last # The meter's own clock: what comes between two clocks would count on a busy machine
     while conn.recv(1<<20): pass
     conn.sendall(b'1')
 rates = meter.gbit_s()
