@@ -163,3 +163,17 @@ def test_files(tmp_path):
 def test_no_torch_no_fastai():
     code = 'import sys, fastai_fastimagenet.schedule, fastai_fastimagenet.recipes; print({"torch","fastai"} & sys.modules.keys())'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()=='set()'
+
+def test_plot_shows_where_rectangles_are():
+    s = Schedule([Phase(2, 64, 32, .1), Phase(1, rect=True, lr=.1), Phase(3, rect=False, lr=.1)])
+    spans = [p.get_extents().transformed(p.axes.transData.inverted()) for p in s.plot(1000).axes[0].patches]
+    assert [(round(o.x0, 6),round(o.x1, 6)) for o in spans]==[(2,3)]
+
+def test_files_and_what_is_wrong_in_them(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    s = recipes['photos']
+    assert s.save('~/s.json')==tmp_path/'s.json' and Schedule.load('~/s.json')==s
+    d = json.loads(s.to_json())
+    with pytest.raises(ValueError, match=r"Unknown keys \['wrold'\]"): Schedule.from_json(json.dumps({**d, 'wrold': 8}))
+    with pytest.raises(ValueError, match="'notes' must be a list"): Schedule.from_json(json.dumps({**d, 'notes': 'abc'}))
+    with pytest.raises(ValueError, match='`world` must be a number of processes'): s.for_world(0)
