@@ -159,10 +159,10 @@ def _lock(out):
     except NotImplementedError: return nullcontext() # A file system without locks
 
 def _check(a):
+    "`ValueError` if a setting is wrong that nothing below checks before it takes time"
     if a.workers is not None and a.workers<0: raise ValueError(f'`workers` must be 0 or more, got {a.workers}')
     if a.arch: check_arch(a.arch)
     if not 0<=a.label_smoothing<1: raise ValueError(f'`label_smoothing` must be from 0 to below 1, got {a.label_smoothing}')
-    check_precision(a.precision)
     DDPTrainer(a.compress)
 
 def _folder(a, going_on):
